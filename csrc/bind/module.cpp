@@ -1,0 +1,339 @@
+// The one door between Python and the verbs: arrays become core::Array, one m.def per verb, the GIL released while a verb
+// runs. Everything a verb indexes with is checked here, in the words Python users see; nothing is computed here.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/cuda.h"
+#include "cpu/host.h"
+#include "cpu/isa.h"
+#include "cpu/pool.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace fusednorm {
+namespace {
+
+[[noreturn]] void type_error(const std::string& message) { throw py::type_error(message); }
+
+// Null where the type is none of ours; bfloat16 is ml_dtypes', kind 'V', char 'E'.
+std::optional<DType> dtype_of(const py::dtype& d) {
+  if (d.byteorder() == '>') return std::nullopt;
+  switch (d.num()) {
+    case py::detail::npy_api::NPY_FLOAT_: return DType::f32;
+    case py::detail::npy_api::NPY_DOUBLE_: return DType::f64;
+    case 23: return DType::f16;  // NPY_HALF, which pybind11 does not name
+  }
+  if (d.char_() == 'E' && d.itemsize() == 2) return DType::bf16;
+  return std::nullopt;
+}
+std::string shown(py::handle h) { return py::str(h); }
+
+py::array as_array(py::handle h, const char* name) {
+  if (!py::isinstance<py::array>(h))
+    type_error(std::string(name) + " must be a NumPy array, not " + shown(py::type::of(h).attr("__name__")));
+  return py::reinterpret_borrow<py::array>(h);
+}
+
+void expect_size(const char* name, int64_t expected, int64_t actual) {
+  if (expected != actual)
+    throw py::value_error(std::string(name) + " should contain " + std::to_string(expected) + " elements not " +
+                          std::to_string(actual));
+}
+
+// A tensor: its elements fill size·itemsize bytes from its pointer on, in any axis order.
+Array tensor(py::handle h, const char* name, int64_t size, bool written, const Array* like = nullptr) {
+  if (h.is_none()) return {};
+  const py::array a = as_array(h, name);
+  const auto dtype = dtype_of(a.dtype());
+  if (!dtype || (like && *dtype != like->dtype))
+    type_error(std::string(name) + " has dtype " + shown(a.dtype()) +
+               (like ? ", x has another" : "; float32, float64, float16 and bfloat16 are taken"));
+  expect_size(name, size, a.size());
+  int64_t last = 0;
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) {
+    if (a.strides(i) < 0) throw py::value_error(std::string(name) + " must be dense");
+    last += (a.shape(i) - 1) * a.strides(i);
+  }
+  if (size > 0 && last != (size - 1) * a.itemsize()) throw py::value_error(std::string(name) + " must be dense");
+  const void* data = a.data();
+  if (reinterpret_cast<uintptr_t>(data) % uintptr_t(a.itemsize()))
+    throw py::value_error(std::string(name) + " must be aligned");
+  if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
+  return {const_cast<void*>(data), *dtype, kCpu};
+}
+
+// A parameter or statistic: one number a channel. Strided or byte-swapped ones travel through a copy, and back if written.
+class Vector {
+ public:
+  Vector(py::handle h, const char* name, int64_t size, bool written = false) {
+    if (h.is_none()) return;
+    py::array a = as_array(h, name);
+    expect_size(name, size, a.size());
+    if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
+    const bool plain = a.flags() & py::array::c_style &&
+                       a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    if (!plain || a.dtype().byteorder() == '>') {
+      if (written) original_ = a;
+      a = a.attr("astype")(a.dtype().attr("newbyteorder")("="), py::arg("order") = "C");
+    }
+    const auto dtype = dtype_of(a.dtype());
+    if (!dtype)
+      type_error(std::string(name) + " has dtype " + shown(a.dtype()) +
+                 "; float32, float64, float16 and bfloat16 are taken");
+    keep_ = a;
+    array_ = {const_cast<void*>(a.data()), *dtype, kCpu};
+  }
+  ~Vector() = default;
+  const Array& array() const { return array_; }
+  void write_back() const {
+    if (original_) original_.attr("__setitem__")(py::ellipsis(), keep_);
+  }
+
+ private:
+  py::object original_, keep_;
+  Array array_;
+};
+
+double* statistics(py::handle h, const char* name, int64_t size, bool written) {
+  if (h.is_none()) return nullptr;
+  const Array a = tensor(h, name, size, written);
+  if (a.dtype != DType::f64) type_error(std::string(name) + " must be float64");
+  return a.as<double>();
+}
+void expect(bool condition, const char* message) {
+  if (!condition) throw py::value_error(message);
+}
+
+EpilogueArgs epilogue(int activation, double slope, const Array& residual) {
+  expect(activation >= 0 && activation <= int(Activation::tanh), "unknown activation");
+  return {Activation(activation), slope, residual};
+}
+
+// The folds whose loops exist: a statistic's run along `inner` has one channel.
+void expect_loops(const Fold& f) {
+  expect(f.is_columns() || f.is_rows(), "no kernel takes a fold whose channels change along inner");
+}
+
+template <class Verb, class Args>
+void call(Verb Backend::*verb, const Args& args) {
+  const Backend& backend = cpu::backend();
+  py::gil_scoped_release released;
+  (backend.*verb)(args);
+}
+
+void moments(const Fold& f, py::handle x, bool center, py::handle count, py::handle mean, py::handle m2) {
+  expect_loops(f);
+  const int64_t s = f.statistics();
+  call(&Backend::moments,
+       MomentsArgs{f, tensor(x, "x", f.size(), false), center, statistics(count, "count", s, true),
+                   statistics(mean, "mean", s, true), statistics(m2, "m2", s, true)});
+}
+
+void merge(int64_t before, int64_t axis, int64_t after, py::handle count, py::handle mean, py::handle m2,
+           py::handle merged_count, py::handle merged_mean, py::handle merged_m2) {
+  expect(before >= 0 && axis >= 0 && after >= 0, "sizes must not be negative");
+  const int64_t from = before * axis * after, to = before * after;
+  call(&Backend::merge,
+       MergeArgs{before, axis, after, statistics(count, "count", from, false), statistics(mean, "mean", from, false),
+                 statistics(m2, "m2", from, false), statistics(merged_count, "merged_count", to, true),
+                 statistics(merged_mean, "merged_mean", to, true), statistics(merged_m2, "merged_m2", to, true)});
+}
+
+void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py::handle weight, py::handle bias,
+               py::handle residual, int activation, double slope, py::handle y) {
+  expect_loops(f);
+  const Array in = tensor(x, "x", f.size(), false);
+  const Vector w(weight, "weight", f.channels()), b(bias, "bias", f.channels());
+  const int64_t s = f.statistics();
+  call(&Backend::normalize,
+       NormalizeArgs{f, in, statistics(mean, "mean", s, false), statistics(rstd, "rstd", s, false), w.array(), b.array(),
+                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                     tensor(y, "out", f.size(), true, &in)});
+}
+
+void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py::handle running_mean,
+             py::handle running_var, py::handle residual, py::handle y, py::handle mean, py::handle rstd, bool training,
+             double momentum, int64_t counted, double eps, int activation, double slope) {
+  expect_loops(f);
+  const Array in = tensor(x, "x", f.size(), false);
+  const int64_t c = f.channels(), s = f.statistics();
+  expect(c == f.groups, "running statistics go with one channel per group");
+  const Vector rm(running_mean, "running_mean", c, training), rv(running_var, "running_var", c, training);
+  const Vector w(weight, "weight", c), b(bias, "bias", c);
+  expect(bool(rm.array()) == bool(rv.array()), "running_mean and running_var go together");
+  expect(training || rm.array(), "running statistics are missing in evaluation");
+  expect(!training || f.size() == 0 || !rm.array() || f.per_statistic() > 1,
+         "Expected more than 1 value per channel when training");
+  double *m = statistics(mean, "mean", s, true), *r = statistics(rstd, "rstd", s, true);
+  expect(m && r, "mean and rstd must be given");
+  call(&Backend::forward, ForwardArgs{f,
+                                      in,
+                                      w.array(),
+                                      b.array(),
+                                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                                      eps,
+                                      training,
+                                      RunningArgs{rm.array(), rv.array(), momentum, counted},
+                                      m,
+                                      r,
+                                      tensor(y, "out", f.size(), true, &in)});
+  if (training) {
+    rm.write_back();
+    rv.write_back();
+  }
+}
+
+void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
+              py::handle bias, py::handle residual, bool constant, int activation, double slope, py::handle dx,
+              py::handle dresidual, py::handle dweight, py::handle dbias) {
+  expect_loops(f);
+  const Array in = tensor(x, "x", f.size(), false);
+  const int64_t c = f.channels(), s = f.statistics();
+  const Vector w(weight, "weight", c), b(bias, "bias", c), dw(dweight, "dweight", c, true), db(dbias, "dbias", c, true);
+  const double *m = statistics(mean, "mean", s, false), *r = statistics(rstd, "rstd", s, false);
+  expect(m && r && dw.array() && db.array(), "mean, rstd, dweight and dbias must be given");
+  call(&Backend::backward,
+       BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
+                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)), constant,
+                    tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in),
+                    dw.array(), db.array()});
+  dw.write_back();
+  db.write_back();
+}
+
+void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
+               py::handle bias, py::handle residual, int activation, double slope, py::handle s1, py::handle s2,
+               py::handle dweight, py::handle dbias) {
+  expect_loops(f);
+  const Array in = tensor(x, "x", f.size(), false);
+  const int64_t c = f.channels(), s = f.statistics();
+  const Vector w(weight, "weight", c), b(bias, "bias", c), dw(dweight, "dweight", c, true), db(dbias, "dbias", c, true);
+  call(&Backend::grad_sums,
+       GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false),
+                    statistics(rstd, "rstd", s, false), w.array(), b.array(),
+                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                    statistics(s1, "s1", s, true), statistics(s2, "s2", s, true), dw.array(), db.array()});
+  dw.write_back();
+  db.write_back();
+}
+
+void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
+                py::handle bias, py::handle residual, int activation, double slope, py::handle cx, py::handle c0,
+                py::handle dx, py::handle dresidual) {
+  expect_loops(f);
+  const Array in = tensor(x, "x", f.size(), false);
+  const int64_t c = f.channels(), s = f.statistics();
+  const Vector w(weight, "weight", c), b(bias, "bias", c);
+  call(&Backend::grad_input,
+       GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false),
+                     statistics(rstd, "rstd", s, false), w.array(), b.array(),
+                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                     statistics(cx, "cx", s, false), statistics(c0, "c0", s, false),
+                     tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in)});
+}
+
+// Memory of the output pool as a Python buffer; it goes back when the last array on it is gone.
+class PoolMemory {
+ public:
+  explicit PoolMemory(size_t bytes) : block_(cpu::pool_take(bytes)), bytes_(bytes) {}
+  ~PoolMemory() { cpu::pool_give(block_); }
+  PoolMemory(const PoolMemory&) = delete;
+  PoolMemory& operator=(const PoolMemory&) = delete;
+  py::buffer_info buffer() const {
+    return py::buffer_info(block_.data, 1, py::format_descriptor<uint8_t>::format(), 1, {py::ssize_t(bytes_)}, {1});
+  }
+
+ private:
+  cpu::Block block_;
+  size_t bytes_;
+};
+
+py::dict build_info() {
+  py::list built, runnable;
+  for (const cpu::Level& level : cpu::levels()) {
+    built.append(level.backend->name);
+    if (level.runs_here) runnable.append(level.backend->name);
+  }
+  py::dict info;
+  info["version"] = FUSEDNORM_VERSION;
+  info["compiler"] = FUSEDNORM_COMPILER;
+  info["isa_built"] = built;
+  info["isa_runnable"] = runnable;
+  info["isa"] = cpu::backend().name;
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+  info["threads"] = cpu::threads();
+  info["cuda"] = cuda::state();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Verbs over Folds. The public functions of fusednorm are built on these.";
+
+  py::class_<Fold>(m, "Fold", "Which elements share a statistic and which a parameter; see fusednorm.fold.")
+      .def(py::init([](int64_t batch, int64_t outer, int64_t groups, int64_t inner, int64_t span) {
+             expect(batch >= 0 && outer >= 0 && groups >= 0 && inner >= 0 && span >= 0, "sizes must not be negative");
+             expect(span == 0 ? inner == 0 : groups * inner % span == 0, "span must divide groups·inner");
+             return Fold{batch, outer, groups, inner, span};
+           }),
+           py::arg("batch"), py::arg("outer"), py::arg("groups"), py::arg("inner"), py::arg("span"))
+      .def_readonly("batch", &Fold::batch)
+      .def_readonly("outer", &Fold::outer)
+      .def_readonly("groups", &Fold::groups)
+      .def_readonly("inner", &Fold::inner)
+      .def_readonly("span", &Fold::span)
+      .def_property_readonly("size", [](const Fold& f) { return f.size(); })
+      .def_property_readonly("statistics", [](const Fold& f) { return f.statistics(); })
+      .def_property_readonly("per_statistic", [](const Fold& f) { return f.per_statistic(); })
+      .def_property_readonly("channels", [](const Fold& f) { return f.channels(); })
+      .def("__repr__", [](const Fold& f) {
+        return "Fold(batch=" + std::to_string(f.batch) + ", outer=" + std::to_string(f.outer) + ", groups=" +
+               std::to_string(f.groups) + ", inner=" + std::to_string(f.inner) + ", span=" + std::to_string(f.span) + ")";
+      });
+
+  py::class_<PoolMemory>(m, "PoolMemory", py::buffer_protocol(), "Memory of the output pool.")
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer(&PoolMemory::buffer);
+  m.attr("POOL_BYTES") = cpu::kPoolBytes;
+
+  using py::arg;
+  m.def("moments", &moments, arg("fold"), arg("x"), arg("center"), arg("count"), arg("mean"), arg("m2"));
+  m.def("merge", &merge, arg("before"), arg("axis"), arg("after"), arg("count"), arg("mean"), arg("m2"),
+        arg("merged_count"), arg("merged_mean"), arg("merged_m2"));
+  m.def("normalize", &normalize, arg("fold"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
+        arg("residual"), arg("activation"), arg("slope"), arg("y"));
+  m.def("forward", &forward, arg("fold"), arg("x"), arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"),
+        arg("residual"), arg("y"), arg("mean"), arg("rstd"), arg("training"), arg("momentum"), arg("counted"), arg("eps"),
+        arg("activation"), arg("slope"));
+  m.def("backward", &backward, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
+        arg("residual"), arg("constant"), arg("activation"), arg("slope"), arg("dx"), arg("dresidual"), arg("dweight"),
+        arg("dbias"));
+  m.def("grad_sums", &grad_sums, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
+        arg("residual"), arg("activation"), arg("slope"), arg("s1"), arg("s2"), arg("dweight"), arg("dbias"));
+  m.def("grad_input", &grad_input, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
+        arg("residual"), arg("activation"), arg("slope"), arg("cx"), arg("c0"), arg("dx"), arg("dresidual"));
+
+  m.def("build_info", &build_info);
+  m.def("select_isa", &cpu::select, arg("name"));
+  m.def("set_num_threads", &cpu::set_threads, arg("n"));
+  m.def("get_num_threads", &cpu::threads);
+  m.def("empty_cache", &cpu::pool_empty);
+
+  cpu::backend();  // an impossible FUSEDNORM_ISA fails the import, not the first call
+}
+
+}  // namespace fusednorm

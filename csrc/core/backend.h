@@ -1,0 +1,102 @@
+// A backend is a table of verbs over Folds. Every pointer in the arguments lies on the backend's device; statistics are
+// float64 [S], coefficients float64 [S]; `count` too is kept as float64. Callers have checked sizes, types and aliasing
+// (bind/ does); verbs check nothing and touch only their outputs.
+#pragma once
+
+#include <cstdint>
+
+#include "core/array.h"
+#include "core/epilogue.h"
+#include "core/fold.h"
+
+namespace fusednorm {
+
+struct EpilogueArgs {
+  Activation activation = Activation::identity;
+  double slope = 0;
+  Array residual;
+};
+
+// Running statistics [C], changed in place once for each of the fold's batch entries, in turn.
+struct RunningArgs {
+  Array mean, var;
+  double momentum = 0;      // weight of the new value
+  int64_t counted = -1;     // ≥ 0: batches seen so far; the k-th new value then weighs 1/(counted + k), a cumulative average
+};
+
+struct MomentsArgs {
+  Fold fold;
+  Array x;
+  bool center = true;  // false: mean = 0, m2 = Σx²
+  double *count, *mean, *m2;
+};
+
+struct NormalizeArgs {
+  Fold fold;
+  Array x;
+  const double *mean, *rstd;
+  Array weight, bias;
+  EpilogueArgs epilogue;
+  Array y;
+};
+
+struct ForwardArgs {
+  Fold fold;
+  Array x, weight, bias;
+  EpilogueArgs epilogue;
+  double eps;
+  bool training = true;  // false: the running statistics are the statistics, and stay as they are
+  RunningArgs running;
+  double *mean, *rstd;  // out
+  Array y;              // out
+};
+
+struct GradSumsArgs {
+  Fold fold;
+  Array dy, x;
+  const double *mean, *rstd;
+  Array weight, bias;
+  EpilogueArgs epilogue;
+  double *s1, *s2;       // out [S]: Σw·u, Σw·u·x̂
+  Array dweight, dbias;  // out [C]: Σu·x̂, Σu
+};
+
+struct GradInputArgs {
+  Fold fold;
+  Array dy, x;
+  const double *mean, *rstd;
+  Array weight, bias;
+  EpilogueArgs epilogue;
+  const double *cx, *c0;  // [S]; null: 0, the statistics were constants
+  Array dx, dresidual;    // out
+};
+
+struct BackwardArgs {
+  Fold fold;
+  Array dy, x;
+  const double *mean, *rstd;
+  Array weight, bias;
+  EpilogueArgs epilogue;
+  bool constant = false;               // the statistics were constants (evaluation, frozen)
+  Array dx, dresidual, dweight, dbias;  // out
+};
+
+// Moments [before, axis, after] → [before, after], merged along the axis in order.
+struct MergeArgs {
+  int64_t before, axis, after;
+  const double *count, *mean, *m2;
+  double *merged_count, *merged_mean, *merged_m2;
+};
+
+struct Backend {
+  const char* name;
+  void (*moments)(const MomentsArgs&);
+  void (*merge)(const MergeArgs&);
+  void (*normalize)(const NormalizeArgs&);
+  void (*grad_sums)(const GradSumsArgs&);
+  void (*grad_input)(const GradInputArgs&);
+  void (*forward)(const ForwardArgs&);
+  void (*backward)(const BackwardArgs&);
+};
+
+}  // namespace fusednorm

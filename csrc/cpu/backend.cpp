@@ -1,0 +1,173 @@
+// The CPU's table of verbs. Compiled once per instruction set, each time into its own namespace FUSEDNORM_ISA.
+#include "cpu/columns.h"
+#include "cpu/rows.h"
+
+#define FN_STRING(x) #x
+#define FN_NAME(x) FN_STRING(x)
+
+namespace fusednorm::cpu::FUSEDNORM_ISA {
+namespace {
+
+// Only the loops that a pass needs are compiled: statistics alone know no epilogue.
+void run(const ForwardPass& pass, const EpilogueArgs& epilogue) {
+  with_dtype(pass.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto with = [&](const auto& e) {
+      if (pass.fold.is_columns())
+        forward_columns(e, pass);
+      else
+        forward_rows(e, pass);
+    };
+    with_epilogue<T>(epilogue, with);
+  });
+}
+
+void run(const BackwardPass& pass, EpilogueArgs epilogue) {
+  // Without an activation u is dy: the residual need not be read.
+  if (epilogue.activation == Activation::identity) epilogue.residual = Array();
+  with_dtype(pass.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    with_epilogue<T>(epilogue, [&](const auto& e) {
+      if (pass.fold.is_columns())
+        backward_columns(e, pass);
+      else
+        backward_rows(e, pass);
+    });
+  });
+}
+
+void moments(const MomentsArgs& a) {
+  const int64_t s = a.fold.statistics();
+  Scratch<Moments> found(s);
+  for (int64_t i = 0; i < s; ++i) found[i] = Moments();
+  if (a.fold.size() > 0) run(ForwardPass{a.fold, a.x, {}, {}, {}, nullptr, nullptr, found.get(), a.center, 0}, {});
+  for (int64_t i = 0; i < s; ++i) {
+    a.count[i] = found[i].n;
+    a.mean[i] = found[i].mean;
+    a.m2[i] = found[i].m2;
+  }
+}
+
+void merge(const MergeArgs& a) {
+  for (int64_t i = 0; i < a.before; ++i)
+    for (int64_t k = 0; k < a.after; ++k) {
+      Moments m;
+      for (int64_t j = 0; j < a.axis; ++j) {
+        const int64_t from = (i * a.axis + j) * a.after + k;
+        m.merge({a.count[from], a.mean[from], a.m2[from]});
+      }
+      a.merged_count[i * a.after + k] = m.n;
+      a.merged_mean[i * a.after + k] = m.mean;
+      a.merged_m2[i * a.after + k] = m.m2;
+    }
+}
+
+void normalize(const NormalizeArgs& a) {
+  if (a.fold.size() == 0) return;
+  run(ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, a.mean, a.rstd, nullptr, true, 0}, a.epilogue);
+}
+
+// New running value: old + weight·(new − old), in float64, for each of the batch entries in turn.
+void update_running(const RunningArgs& running, const Fold& f, const Moments* found) {
+  for (int64_t c = 0; c < f.groups; ++c) {
+    double mean = running.mean.get(c), var = running.var.get(c);
+    for (int64_t b = 0; b < f.batch; ++b) {
+      const Moments& m = found[b * f.groups + c];
+      const double weight = running.counted < 0 ? running.momentum : 1.0 / double(running.counted + b + 1);
+      mean = (1 - weight) * mean + weight * m.mean;
+      var = (1 - weight) * var + weight * (m.m2 / (m.n - 1));
+    }
+    running.mean.set(c, mean);
+    running.var.set(c, var);
+  }
+}
+
+void forward(const ForwardArgs& a) {
+  const int64_t s = a.fold.statistics();
+  if (!a.training) {
+    for (int64_t i = 0; i < s; ++i) {
+      a.mean[i] = a.running.mean.get(i % a.fold.groups);
+      a.rstd[i] = 1 / __builtin_sqrt(a.running.var.get(i % a.fold.groups) + a.eps);
+    }
+    return normalize({a.fold, a.x, a.mean, a.rstd, a.weight, a.bias, a.epilogue, a.y});
+  }
+  if (a.fold.size() == 0) {
+    for (int64_t i = 0; i < s; ++i) {
+      a.mean[i] = 0;
+      a.rstd[i] = 1 / __builtin_sqrt(a.eps);
+    }
+    return;
+  }
+  Scratch<Moments> found(s);
+  const ForwardPass pass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, nullptr, found.get(), true, a.eps};
+  run(pass, a.epilogue);
+  for (int64_t i = 0; i < s; ++i) {
+    a.mean[i] = pass.mean(i);
+    a.rstd[i] = pass.rstd(i);
+  }
+  if (a.running.mean) update_running(a.running, a.fold, found.get());
+}
+
+// Per-channel gradients: the batch entries' sums, in order.
+void parameter_gradients(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
+  const Fold& f = pass.fold;
+  for (int64_t c = 0; c < f.groups; ++c) {
+    double u = 0, ux = 0;
+    for (int64_t s = c; s < f.statistics(); s += f.groups) {
+      const double lo = pass.x.dtype == DType::f64 ? pass.lo<double>(s) : pass.lo<float>(s);
+      u += pass.found[s].u;
+      ux += pass.found[s].ux(lo, pass.rstd[s]);
+    }
+    dweight.set(c, ux);
+    dbias.set(c, u);
+  }
+}
+
+void clear_gradients(const Fold& f, const Array& dweight, const Array& dbias) {
+  for (int64_t c = 0; c < f.groups; ++c) {
+    dweight.set(c, 0);
+    dbias.set(c, 0);
+  }
+}
+
+void grad_sums(const GradSumsArgs& a) {
+  const Fold& f = a.fold;
+  const int64_t s = f.statistics();
+  if (f.size() == 0) {
+    for (int64_t i = 0; i < s; ++i) a.s1[i] = a.s2[i] = 0;
+    return clear_gradients(f, a.dweight, a.dbias);
+  }
+  Scratch<GradSums> found(s);
+  const BackwardPass pass{f, a.dy, a.x, a.mean, a.rstd, a.weight, a.bias, found.get(), nullptr, nullptr, true, {}, {}};
+  run(pass, a.epilogue);
+  for (int64_t i = 0; i < s; ++i) {
+    const double w = a.weight.get_or(i % f.groups, 1);
+    const double lo = a.x.dtype == DType::f64 ? pass.lo<double>(i) : pass.lo<float>(i);
+    a.s1[i] = w * found[i].u;
+    a.s2[i] = w * found[i].ux(lo, a.rstd[i]);
+  }
+  parameter_gradients(pass, a.dweight, a.dbias);
+}
+
+void grad_input(const GradInputArgs& a) {
+  if (a.fold.size() == 0) return;
+  run(BackwardPass{a.fold, a.dy, a.x, a.mean, a.rstd, a.weight, a.bias, nullptr, a.cx, a.c0, !a.cx && !a.c0, a.dx,
+                   a.dresidual},
+      a.epilogue);
+}
+
+void backward(const BackwardArgs& a) {
+  if (a.fold.size() == 0) return clear_gradients(a.fold, a.dweight, a.dbias);
+  Scratch<GradSums> found(a.fold.statistics());
+  const BackwardPass pass{a.fold,  a.dy,    a.x,     a.mean,     a.rstd, a.weight,   a.bias,
+                          found.get(), nullptr, nullptr, a.constant, a.dx,   a.dresidual};
+  run(pass, a.epilogue);
+  parameter_gradients(pass, a.dweight, a.dbias);
+}
+
+}  // namespace
+
+extern const Backend backend;
+const Backend backend{FN_NAME(FUSEDNORM_ISA), moments, merge, normalize, grad_sums, grad_input, forward, backward};
+
+}  // namespace fusednorm::cpu::FUSEDNORM_ISA

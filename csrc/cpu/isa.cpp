@@ -1,0 +1,93 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fusednorm::cpu {
+
+// FUSEDNORM_ISA_LIST is X(v4) X(v3) …, from CMake.
+#define X(isa)                  \
+  namespace isa {               \
+  extern const Backend backend; \
+  }
+FUSEDNORM_ISA_LIST
+#undef X
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+bool runs_here(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                  has_f16c();
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (name == "v4") return v4;
+  if (name == "v3") return v3;
+  if (name == "v2") return v2;
+#endif
+  return name == "baseline";
+}
+
+const Backend* choose(const std::string& name) {
+  std::string built;
+  for (const Level& level : levels()) {
+    if (name == level.backend->name || name == std::string("x86-64-") + level.backend->name) {
+      if (!level.runs_here) throw std::invalid_argument("this machine does not run the instruction set '" + name + "'");
+      return level.backend;
+    }
+    built += std::string(built.empty() ? "" : ", ") + level.backend->name;
+  }
+  throw std::invalid_argument("unknown instruction set '" + name + "'; this build has " + built);
+}
+
+std::atomic<const Backend*> chosen{nullptr};
+
+}  // namespace
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = {
+#define X(isa) {&isa::backend, runs_here(isa::backend.name)},
+      FUSEDNORM_ISA_LIST
+#undef X
+  };
+  return all;
+}
+
+const Backend& backend() {
+  const Backend* now = chosen.load(std::memory_order_acquire);
+  if (now) return *now;
+  const char* wanted = std::getenv("FUSEDNORM_ISA");
+  if (wanted && *wanted) {
+    try {
+      select(wanted);
+    } catch (const std::invalid_argument& e) {
+      throw std::invalid_argument("FUSEDNORM_ISA=" + std::string(wanted) + ": " + e.what());
+    }
+    return *chosen.load(std::memory_order_acquire);
+  }
+  for (const Level& level : levels())
+    if (level.runs_here) {
+      chosen.store(level.backend, std::memory_order_release);
+      return *level.backend;
+    }
+  throw std::invalid_argument("this machine runs none of the instruction sets this build has; x86-64-v2 is the least");
+}
+
+void select(const std::string& name) { chosen.store(choose(name), std::memory_order_release); }
+
+}  // namespace fusednorm::cpu

@@ -1,0 +1,148 @@
+// What a loop nest is asked to do. A verb is one of the two passes with parts left out, so each nest (rows.h, columns.h)
+// is written once: `moments` is a forward that stores no y, `normalize` one that takes no statistics, and so on.
+#pragma once
+
+#include "core/backend.h"
+#include "core/grad_sums.h"
+#include "core/moments.h"
+#include "cpu/simd.h"
+
+namespace fusednorm::cpu::FUSEDNORM_ISA {
+namespace {
+
+struct ForwardPass {
+  Fold fold;
+  Array x, weight, bias, y;  // no y: statistics only
+  const double *given_mean, *given_rstd;  // null: taken from x
+  Moments* found;                         // [S] out, unless given
+  bool center;
+  double eps;
+
+  FN_INLINE bool takes_statistics() const { return !given_mean; }
+  FN_INLINE double mean(int64_t s) const { return given_mean ? given_mean[s] : found[s].mean; }
+  FN_INLINE double rstd(int64_t s) const {
+    return given_rstd ? given_rstd[s] : 1 / __builtin_sqrt(found[s].m2 / found[s].n + eps);
+  }
+  template <class R>
+  FN_INLINE Affine<R> affine(int64_t s, int64_t c) const {
+    return fusednorm::affine<R>(mean(s), rstd(s), weight.get_or(c, 1), bias.get_or(c, 0));
+  }
+};
+
+struct BackwardPass {
+  Fold fold;
+  Array dy, x;
+  const double *mean, *rstd;
+  Array weight, bias;
+  GradSums* found;        // [S] out: Σu, Σu·z per statistic, unweighted; null: not taken
+  const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
+  bool constant;
+  Array dx, dresidual;    // no dx: sums only
+
+  template <class R>
+  FN_INLINE Affine<R> affine(int64_t s, int64_t c) const {
+    return fusednorm::affine<R>(mean[s], rstd[s], weight.get_or(c, 1), bias.get_or(c, 0));
+  }
+  template <class R>
+  FN_INLINE GradAffine<R> grad_affine(int64_t s, int64_t c) const {
+    const double w = weight.get_or(c, 1), n = double(fold.per_statistic());
+    double x_hat = 0, one = 0;
+    if (cx || c0) {
+      x_hat = cx ? cx[s] : 0;
+      one = c0 ? c0[s] : 0;
+    } else if (!constant) {
+      x_hat = -w * found[s].ux(lo<R>(s), rstd[s]) / n;
+      one = -w * found[s].u / n;
+    }
+    return fusednorm::grad_affine<R>(mean[s], rstd[s], w, x_hat, one);
+  }
+  template <class R>
+  FN_INLINE double lo(int64_t s) const {
+    return mean[s] - double(pivot<R>(mean[s], rstd[s]));
+  }
+};
+
+// The epilogue as the loops see it: identity and ReLU known at compile time, any other activation a call for each vector,
+// so that the loops are compiled three times, not six.
+enum class Kind { identity, relu, any };
+
+template <class V, class R>
+[[gnu::noinline]] V activate_any(Activation activation, R slope, V pre) {
+  return activate<Math>(activation, slope, pre);
+}
+template <class V, class R>
+[[gnu::noinline]] V activation_gradient_any(Activation activation, R slope, V dy, V pre) {
+  return activation_gradient<Math>(activation, slope, dy, pre);
+}
+
+template <class T, Kind kKind, bool kResidual>
+struct Epilogue {
+  using Element = T;
+  using V = Vector<Real<T>>;
+  static constexpr bool kNeedsPre = kKind != Kind::identity;  // for the derivative
+  Activation activation;
+  Real<T> slope;
+  const T* residual;
+
+  // For pointers that are moved on by `offset` elements.
+  FN_INLINE Epilogue at(int64_t offset) const { return {activation, slope, kResidual ? residual + offset : nullptr}; }
+
+  template <class There>
+  FN_INLINE Lanes<T> load_residual(int64_t i, There there) const {
+    if constexpr (kResidual) return load(residual + i, there);
+    return {};
+  }
+  // The same operations in the same order wherever pre is needed.
+  FN_INLINE V pre(V centered, V scale, V shift, V added) const {
+    const V p = fma(centered, scale, shift);
+    if constexpr (kResidual) return p + added;
+    return p;
+  }
+  FN_INLINE V value(V p) const {
+    if constexpr (kKind == Kind::relu) return relu<Math>(p);
+    if constexpr (kKind == Kind::any) return activate_any(activation, slope, p);
+    return p;
+  }
+  FN_INLINE V gradient(V dy, V p) const {
+    if constexpr (kKind == Kind::relu) return relu_gradient<Math>(dy, p);
+    if constexpr (kKind == Kind::any) return activation_gradient_any(activation, slope, dy, p);
+    return dy;
+  }
+};
+
+// Calls with the element type, then with the epilogue, that the arguments ask for.
+template <class Call>
+void with_dtype(DType dtype, Call&& call) {
+  switch (dtype) {
+    case DType::f32: return call(float{});
+    case DType::f64: return call(double{});
+    case DType::f16: return call(f16{});
+    case DType::bf16: return call(bf16{});
+  }
+}
+template <class T, Kind kKind, class Call>
+void with_residual(const EpilogueArgs& e, Call&& call) {
+  const Real<T> slope = Real<T>(e.slope);
+  if (e.residual)
+    call(Epilogue<T, kKind, true>{e.activation, slope, e.residual.template as<const T>()});
+  else
+    call(Epilogue<T, kKind, false>{e.activation, slope, nullptr});
+}
+template <class T, class Call>
+void with_epilogue(const EpilogueArgs& e, Call&& call) {
+  switch (e.activation) {
+    case Activation::identity: return with_residual<T, Kind::identity>(e, call);
+    case Activation::relu: return with_residual<T, Kind::relu>(e, call);
+    default: return with_residual<T, Kind::any>(e, call);
+  }
+}
+
+// float32 sums of a chunk that overflowed, met NaN or lost digits to underflow: the chunk is done again in float64.
+template <class T>
+FN_INLINE bool out_of_range(double sum, double squares) {
+  if (sizeof(Real<T>) == 8) return false;
+  return !(squares > 1e-28 && squares < 1e38) && !(sum == 0 && squares == 0);
+}
+
+}  // namespace
+}  // namespace fusednorm::cpu::FUSEDNORM_ISA

@@ -1,0 +1,474 @@
+// Rows: memory in which each run of `inner` elements has one statistic and one channel (channels first).
+//
+// A slab is what one statistic is taken over: `outer` runs. It is cut, by its shape alone, into chunks of about 1,024
+// elements (two passes over L1) and tiles of 32 chunks (the unit of work when a slab is shared among threads). The tree of
+// merges follows that cut, not the threads, so the bits do too.
+//
+// Fused: a thread takes a whole slab, and the second sweep finds x in cache; memory is read once. Where there are too few
+// slabs for the threads, the tiles are shared instead, with a barrier between the sweeps.
+#pragma once
+
+#include "cpu/passes.h"
+#include "cpu/team.h"
+
+namespace fusednorm::cpu::FUSEDNORM_ISA {
+namespace {
+
+constexpr int64_t kChunk = 1024, kTile = 32;
+// Shorter runs than this many bytes are put together in L1 before they are streamed; partial lines written straight past
+// the caches cost 10 times a full one.
+constexpr int64_t kStageBelow = 3072, kStageBytes = 8192;
+constexpr int64_t kMaxBlock = 32;  // slabs a thread takes at once, neighbours in memory
+
+struct Runs {
+  int64_t offset, stride, count, length;  // elements
+};
+
+class RowTree {
+ public:
+  explicit RowTree(const Fold& f) : outer_(f.outer), inner_(f.inner), stride_(f.groups * f.inner) {
+    pieces_ = (inner_ + kChunk - 1) / kChunk;
+    length_ = ((inner_ + pieces_ - 1) / pieces_ + 63) / 64 * 64;
+    pieces_ = (inner_ + length_ - 1) / length_;
+    runs_ = pieces_ > 1 || inner_ > kChunk / 2 ? 1 : kChunk / inner_;
+    chunks_ = pieces_ > 1 ? outer_ * pieces_ : (outer_ + runs_ - 1) / runs_;
+  }
+  int64_t tiles() const { return (chunks_ + kTile - 1) / kTile; }
+  int64_t chunk_begin(int64_t tile) const { return tile * kTile; }
+  int64_t chunk_end(int64_t tile) const { return tile * kTile + kTile < chunks_ ? tile * kTile + kTile : chunks_; }
+
+  // Offsets count from the slab's first element.
+  FN_INLINE Runs chunk(int64_t c) const {
+    if (pieces_ == 1) {
+      const int64_t first = c * runs_, left = outer_ - first;
+      return {first * stride_, stride_, left < runs_ ? left : runs_, inner_};
+    }
+    const int64_t run = c / pieces_, start = c % pieces_ * length_, left = inner_ - start;
+    return {run * stride_ + start, 0, 1, left < length_ ? left : length_};
+  }
+
+  // The tile's elements as contiguous segments: call(offset, length).
+  template <class Call>
+  FN_INLINE void segments(int64_t tile, Call&& call) const {
+    for (int64_t c = chunk_begin(tile), end = chunk_end(tile); c < end;) {
+      const Runs r = chunk(c);
+      if (pieces_ == 1) {
+        for (int64_t k = 0; k < r.count; ++k) call(r.offset + k * stride_, inner_);
+        ++c;
+      } else {
+        const int64_t piece = c % pieces_, take = pieces_ - piece < end - c ? pieces_ - piece : end - c;
+        const int64_t left = inner_ - piece * length_;
+        call(r.offset, take * length_ < left ? take * length_ : left);
+        c += take;
+      }
+    }
+  }
+
+ private:
+  int64_t outer_, inner_, stride_, pieces_, length_, runs_, chunks_;
+};
+
+// Calls step(index, slot, Whole or Part) for every pack of the runs; neighbours get different slots, for accumulators.
+template <class T, int kSlots, class Step>
+FN_INLINE void sweep(const Runs& r, Step&& step) {
+  constexpr int64_t width = Pack<T>::width;
+  for (int64_t k = 0; k < r.count; ++k) {
+    int64_t i = r.offset + k * r.stride;
+    const int64_t end = i + r.length;
+    for (; i + kSlots * width <= end; i += kSlots * width)
+#pragma GCC unroll 4
+      for (int slot = 0; slot < kSlots; ++slot) step(i + slot * width, slot, Whole{});
+    for (; i + width <= end; i += width) step(i, 0, Whole{});
+    if (i < end) step(i, kSlots - 1, Part{int(end - i)});
+  }
+}
+
+template <class T>
+constexpr int kSlots = 4 / Pack<T>::parts;
+
+template <class T>
+struct Accumulators {
+  Vector<Real<T>> v[kSlots<T>][Pack<T>::parts] = {};
+
+  FN_INLINE double sum() const {
+    Vector<Real<T>> total = v[0][0];
+    for (int slot = 0; slot < kSlots<T>; ++slot)
+      for (int part = 0; part < Pack<T>::parts; ++part)
+        if (slot + part > 0) total += v[slot][part];
+    return sum_lanes(total);
+  }
+};
+
+template <class T>
+[[gnu::noinline]] Moments chunk_moments_wide(const T* x, const Runs& r, bool center) {
+  const double n = double(r.count * r.length);
+  double sum = 0, m2 = 0;
+  const auto each = [&](auto&& add) {
+    for (int64_t k = 0; k < r.count; ++k)
+      for (int64_t i = 0; i < r.length; ++i) add(double(to_real(x[r.offset + k * r.stride + i])));
+  };
+  if (center) each([&](double v) { sum += v; });
+  const double mean = sum / n;
+  each([&](double v) { m2 += (v - mean) * (v - mean); });
+  return {n, mean, m2};
+}
+
+// `ahead`: distance in elements to the chunk that is read next, fetched while this one is.
+template <class T>
+[[gnu::noinline]] Moments chunk_moments(const T* x, const Runs& r, bool center, int64_t ahead) {
+  using R = Real<T>;
+  const double n = double(r.count * r.length);
+  Accumulators<T> first, sum, squares;
+  sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
+    prefetch(x + i + ahead);
+    const Lanes<T> v = load(x + i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p) first.v[slot][p] += v.v[p];
+  });
+  const R hi = center ? R(first.sum() / n) : R(0);
+  sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
+    const Lanes<T> v = load(x + i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p) {
+      const auto d = live<T>(v.v[p] - hi, p, there);
+      sum.v[slot][p] += d;
+      squares.v[slot][p] = fma(d, d, squares.v[slot][p]);
+    }
+  });
+  const double s = sum.sum(), q = squares.sum();
+  if (out_of_range<T>(s, q)) return chunk_moments_wide(x, r, center);
+  if (!center) return {n, 0, q};
+  const double m2 = q - s * s / n;
+  return {n, double(hi) + s / n, m2 < 0 ? 0 : m2};
+}
+
+// One element's u = dy·act'(pre), as the sums and as dx need it.
+template <class E, class There, class A>
+FN_INLINE Lanes<typename E::Element> load_u(const E& e, const typename E::Element* dy, const Lanes<typename E::Element>& x,
+                                            const A& a, int64_t i, There there) {
+  using T = typename E::Element;
+  using V = typename E::V;
+  Lanes<T> u = load(dy + i, there);
+  if constexpr (E::kNeedsPre) {
+    const Lanes<T> added = e.load_residual(i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p)
+      u.v[p] = e.gradient(u.v[p], e.pre(x.v[p] - a.hi, V{} + a.scale, V{} + a.shift, added.v[p]));
+  }
+  return u;
+}
+
+template <class E>
+[[gnu::noinline]] GradSums chunk_grad_sums(const E& e, const typename E::Element* dy, const typename E::Element* x,
+                                           const Runs& r, const Affine<Real<typename E::Element>>& a,
+                                           Real<typename E::Element> rstd, int64_t ahead) {
+  using T = typename E::Element;
+  using V = typename E::V;
+  Accumulators<T> sum, product;
+  sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
+    prefetch(x + i + ahead);
+    prefetch(dy + i + ahead);
+    const Lanes<T> v = load(x + i, there), u = load_u(e, dy, v, a, i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p) {
+      sum.v[slot][p] += live<T>(u.v[p], p, there);
+      product.v[slot][p] = fma(live<T>(u.v[p], p, there), (v.v[p] - a.hi) * (V{} + rstd), product.v[slot][p]);
+    }
+  });
+  return {sum.sum(), product.sum()};
+}
+
+// Calls step(index, Whole or Part, streamed?) over n elements; with `streamed`, full registers go past the caches from the
+// first aligned address of `out` on.
+template <class T, class Step>
+FN_INLINE void sweep_out(const T* out, int64_t n, bool streamed, Step&& step) {
+  constexpr int64_t width = Pack<T>::width;
+  int64_t i = 0;
+  if (streamed) {
+    int64_t head = to_alignment(out);
+    if (head > n) head = n;
+    for (; i + width <= head; i += width) step(i, Whole{}, false);
+    if (i < head) step(i, Part{int(head - i)}, false);
+    if (head >= 0) {
+      i = head;
+#pragma GCC unroll 4
+      for (; i + width <= n; i += width) step(i, Whole{}, true);
+    }
+  }
+#pragma GCC unroll 4
+  for (; i + width <= n; i += width) step(i, Whole{}, false);
+  if (i < n) step(i, Part{int(n - i)}, false);
+}
+
+template <class E>
+[[gnu::noinline]] void apply_segment(const E& e, const typename E::Element* x, typename E::Element* y, int64_t n,
+                                     const Affine<Real<typename E::Element>>& a, bool streamed) {
+  using T = typename E::Element;
+  using V = typename E::V;
+  const V hi = V{} + a.hi, scale = V{} + a.scale, shift = V{} + a.shift;
+  sweep_out(y, n, streamed, [&](int64_t i, auto there, bool past) FN_LAMBDA {
+    const Lanes<T> added = e.load_residual(i, there);
+    Lanes<T> v = load(x + i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p) v.v[p] = e.value(e.pre(v.v[p] - hi, scale, shift, added.v[p]));
+    if (past)
+      stream(y + i, v);
+    else
+      store(y + i, v, there);
+  });
+}
+
+template <class T>
+struct GradOut {
+  T *dx, *dresidual;  // dresidual may be null
+
+  FN_INLINE GradOut at(int64_t offset) const { return {dx + offset, dresidual ? dresidual + offset : nullptr}; }
+};
+
+template <bool kConstant, class E>
+[[gnu::noinline]] void grad_segment(const E& e, const typename E::Element* dy, const typename E::Element* x,
+                                    GradOut<typename E::Element> out, int64_t n,
+                                    const Affine<Real<typename E::Element>>& a,
+                                    const GradAffine<Real<typename E::Element>>& g, bool streamed) {
+  using T = typename E::Element;
+  using V = typename E::V;
+  const V hi = V{} + g.hi, rstd = V{} + g.rstd, scale = V{} + g.scale, slope = V{} + g.slope, shift = V{} + g.shift;
+  // Both outputs are streamed only where they are aligned alike.
+  const bool alike = !out.dresidual || to_alignment(out.dx) == to_alignment(out.dresidual);
+  sweep_out(out.dx, n, streamed && alike, [&](int64_t i, auto there, bool past) FN_LAMBDA {
+    Lanes<T> v{};
+    if constexpr (!kConstant || E::kNeedsPre) v = load(x + i, there);
+    const Lanes<T> u = load_u(e, dy, v, a, i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p) {
+      if constexpr (kConstant)
+        v.v[p] = scale * u.v[p];
+      else
+        v.v[p] = fma(scale, u.v[p], fma(slope, (v.v[p] - hi) * rstd, shift));
+    }
+    if (past) {
+      stream(out.dx + i, v);
+      if (out.dresidual) stream(out.dresidual + i, u);
+    } else {
+      store(out.dx + i, v, there);
+      if (out.dresidual) store(out.dresidual + i, u, there);
+    }
+  });
+}
+
+// How the slabs are handed to threads.
+struct RowPlan {
+  int64_t block;   // slabs a thread takes at once
+  bool fused, streamed, staged;
+  int threads;
+
+  RowPlan(const Fold& f, int64_t item, bool stores) {
+    const int64_t run = f.inner * item, slabs = f.statistics();
+    streamed = stores && f.size() * item >= kStreamBytes;
+    staged = streamed && run < kStageBelow;
+    block = 1;
+    if (staged) {
+      block = kStageBytes / run;
+      if (block > kMaxBlock) block = kMaxBlock;
+      if (block > f.groups) block = f.groups;
+    }
+    const int64_t blocks = f.batch * ((f.groups + block - 1) / block);
+    const int available = threads_for(f.size(), INT64_MAX);
+    const int64_t rounds = (blocks + available - 1) / available;
+    fused = blocks >= 4 * available || blocks * 10 >= rounds * available * 9 || slabs == 0;
+    if (!fused && staged) streamed = staged = false;
+    if (!fused) block = 1;
+    threads = fused ? threads_for(f.size(), blocks) : available;
+  }
+};
+
+// The slabs a thread takes at once: `count` neighbours from statistic `first` on.
+struct RowBlock {
+  int64_t first, count, offset;  // offset: element of the first slab's first run
+
+  RowBlock(const Fold& f, int64_t block, int64_t i) {
+    const int64_t per_batch = (f.groups + block - 1) / block, b = i / per_batch, g = i % per_batch * block;
+    first = b * f.groups + g;
+    count = f.groups - g < block ? f.groups - g : block;
+    offset = slab_offset(f, first);
+  }
+  static FN_INLINE int64_t slab_offset(const Fold& f, int64_t s) {
+    return (s / f.groups * f.outer * f.groups + s % f.groups) * f.inner;
+  }
+  static FN_INLINE int64_t blocks(const Fold& f, int64_t block) { return f.batch * ((f.groups + block - 1) / block); }
+};
+
+// Sums over all tiles of a block, merged tile by tile as the split path merges them. chunk(k, runs, ahead) → Sum.
+template <class Sum, class Chunk>
+FN_INLINE void sum_block(const RowTree& tree, int64_t count, Sum* total, Chunk&& chunk) {
+  Sum part[kMaxBlock];
+  for (int64_t k = 0; k < count; ++k) total[k] = Sum();
+  for (int64_t tile = 0; tile < tree.tiles(); ++tile) {
+    for (int64_t k = 0; k < count; ++k) part[k] = Sum();
+    for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
+      const Runs r = tree.chunk(c);
+      const int64_t ahead = tree.chunk(c + 1).offset - r.offset;
+      for (int64_t k = 0; k < count; ++k) part[k].merge(chunk(k, r, ahead));
+    }
+    for (int64_t k = 0; k < count; ++k) total[k].merge(part[k]);
+  }
+}
+template <class Sum, class Chunk>
+FN_INLINE Sum sum_tile(const RowTree& tree, int64_t tile, Chunk&& chunk) {
+  Sum sum;
+  for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
+    const Runs r = tree.chunk(c);
+    sum.merge(chunk(r, tree.chunk(c + 1).offset - r.offset));
+  }
+  return sum;
+}
+template <class Sum>
+FN_INLINE Sum sum_of(const Sum* part, int64_t n) {
+  Sum sum;
+  for (int64_t i = 0; i < n; ++i) sum.merge(part[i]);
+  return sum;
+}
+
+template <class E>
+void forward_rows(const E& e, const ForwardPass& pass) {
+  using T = typename E::Element;
+  using R = Real<T>;
+  const Fold& f = pass.fold;
+  const RowTree tree(f);
+  const int64_t slabs = f.statistics(), tiles = tree.tiles();
+  const RowPlan plan(f, sizeof(T), bool(pass.y));
+  const T* x = pass.x.template as<const T>();
+  T* y = pass.y.template as<T>();
+
+  const auto apply_tile = [&](int64_t s, int64_t tile) {
+    const int64_t slab = RowBlock::slab_offset(f, s);
+    const Affine<R> a = pass.affine<R>(s, s % f.groups);
+    tree.segments(tile, [&](int64_t offset, int64_t length) {
+      const int64_t i = slab + offset;
+      apply_segment(e.at(i), x + i, y + i, length, a, plan.streamed);
+    });
+  };
+  const auto apply_staged = [&](const RowBlock& block) {
+    alignas(kLine) T stage[kStageBytes / sizeof(T)];
+    Affine<R> a[kMaxBlock];
+    for (int64_t k = 0; k < block.count; ++k) a[k] = pass.affine<R>(block.first + k, (block.first + k) % f.groups);
+    for (int64_t o = f.outer; o-- > 0;) {
+      const int64_t start = block.offset + o * f.groups * f.inner;
+      for (int64_t k = 0; k < block.count; ++k) {
+        const int64_t i = k * f.inner;
+        apply_segment(e.at(start + i), x + start + i, stage + i, f.inner, a[k], false);
+      }
+      stream_elements(y + start, stage, block.count * f.inner);
+    }
+  };
+
+  if (plan.fused) {
+    parallel(plan.threads, [&](const Team& team) {
+      team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
+        const RowBlock block(f, plan.block, i);
+        if (pass.takes_statistics())
+          sum_block(tree, block.count, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead) {
+            return chunk_moments(x + block.offset + k * f.inner, r, pass.center, ahead);
+          });
+        if (y && plan.staged) apply_staged(block);
+        if (y && !plan.staged)  // backwards: what was read last is still in cache
+          for (int64_t tile = tiles; tile-- > 0;) apply_tile(block.first, tile);
+      });
+      stream_fence();
+    });
+    return;
+  }
+  Scratch<Moments> part(pass.takes_statistics() ? slabs * tiles : 0);
+  parallel(plan.threads, [&](const Team& team) {
+    if (pass.takes_statistics()) {
+      team.each(slabs * tiles, [&](int64_t i) {
+        const int64_t slab = RowBlock::slab_offset(f, i / tiles);
+        part[i] = sum_tile<Moments>(tree, i % tiles, [&](const Runs& r, int64_t ahead) {
+          return chunk_moments(x + slab, r, pass.center, ahead);
+        });
+      });
+      team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
+    }
+    if (y)
+      team.each(slabs * tiles, [&](int64_t i) {
+        const int64_t j = slabs * tiles - 1 - i;
+        apply_tile(j / tiles, j % tiles);
+      });
+    stream_fence();
+  });
+}
+
+template <class E>
+void backward_rows(const E& e, const BackwardPass& pass) {
+  using T = typename E::Element;
+  using R = Real<T>;
+  const Fold& f = pass.fold;
+  const RowTree tree(f);
+  const int64_t slabs = f.statistics(), tiles = tree.tiles();
+  const RowPlan plan(f, sizeof(T), bool(pass.dx));
+  const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
+  const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
+
+  const auto sums = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead) {
+    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups), R(pass.rstd[s]), ahead);
+  };
+  const auto write = [&](int64_t s, int64_t from, const GradOut<T>& to, int64_t n, bool streamed) {
+    const Affine<R> a = pass.affine<R>(s, s % f.groups);
+    const GradAffine<R> g = pass.grad_affine<R>(s, s % f.groups);
+    if (pass.constant)
+      grad_segment<true>(e.at(from), dy + from, x + from, to, n, a, g, streamed);
+    else
+      grad_segment<false>(e.at(from), dy + from, x + from, to, n, a, g, streamed);
+  };
+  const auto write_tile = [&](int64_t s, int64_t tile) {
+    const int64_t slab = RowBlock::slab_offset(f, s);
+    tree.segments(tile, [&](int64_t offset, int64_t length) {
+      write(s, slab + offset, out.at(slab + offset), length, plan.streamed);
+    });
+  };
+  const auto write_staged = [&](const RowBlock& block) {
+    alignas(kLine) T stage[kStageBytes / sizeof(T)], residual_stage[kStageBytes / sizeof(T)];
+    for (int64_t o = f.outer; o-- > 0;) {
+      const int64_t start = block.offset + o * f.groups * f.inner;
+      for (int64_t k = 0; k < block.count; ++k) {
+        const int64_t i = k * f.inner;
+        write(block.first + k, start + i, {stage + i, out.dresidual ? residual_stage + i : nullptr}, f.inner, false);
+      }
+      stream_elements(out.dx + start, stage, block.count * f.inner);
+      if (out.dresidual) stream_elements(out.dresidual + start, residual_stage, block.count * f.inner);
+    }
+  };
+
+  if (plan.fused) {
+    parallel(plan.threads, [&](const Team& team) {
+      team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
+        const RowBlock block(f, plan.block, i);
+        if (pass.found)
+          sum_block(tree, block.count, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead) {
+            return sums(block.first + k, block.offset + k * f.inner, r, ahead);
+          });
+        if (out.dx && plan.staged) write_staged(block);
+        if (out.dx && !plan.staged)
+          for (int64_t tile = tiles; tile-- > 0;) write_tile(block.first, tile);
+      });
+      stream_fence();
+    });
+    return;
+  }
+  Scratch<GradSums> part(pass.found ? slabs * tiles : 0);
+  // Coefficients that do not wait for the sums: dx follows while the tile is in cache.
+  const bool at_once = pass.found && out.dx && (pass.constant || pass.cx || pass.c0);
+  parallel(plan.threads, [&](const Team& team) {
+    if (pass.found) {
+      team.each(slabs * tiles, [&](int64_t i) {
+        const int64_t s = i / tiles, slab = RowBlock::slab_offset(f, s);
+        part[i] = sum_tile<GradSums>(tree, i % tiles, [&](const Runs& r, int64_t ahead) { return sums(s, slab, r, ahead); });
+        if (at_once) write_tile(s, i % tiles);
+      });
+      team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
+    }
+    if (out.dx && !at_once)
+      team.each(slabs * tiles, [&](int64_t i) {
+        const int64_t j = slabs * tiles - 1 - i;
+        write_tile(j / tiles, j % tiles);
+      });
+    stream_fence();
+  });
+}
+
+}  // namespace
+}  // namespace fusednorm::cpu::FUSEDNORM_ISA

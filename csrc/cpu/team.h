@@ -1,0 +1,68 @@
+// One parallel region a call, and memory for it.
+#pragma once
+
+#include "core/inline.h"
+#include "cpu/host.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace fusednorm::cpu::FUSEDNORM_ISA {
+namespace {
+
+// Below this many elements a thread's share is done sooner than the thread is woken.
+constexpr int64_t kElementsPerThread = 16384;
+
+FN_INLINE int threads_for(int64_t elements, int64_t tasks) {
+  int64_t n = threads();
+  if (n > elements / kElementsPerThread) n = elements / kElementsPerThread;
+  if (n > tasks) n = tasks;
+  return n < 1 ? 1 : int(n);
+}
+
+struct Team {
+  int size = 1, rank = 0;
+
+  // Every member calls it. Tasks are handed out as members come free; all are done when it returns.
+  template <class Task>
+  FN_INLINE void each(int64_t tasks, Task&& task) const {
+#if defined(_OPENMP)
+    if (size > 1) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < tasks; ++i) task(i);
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+  }
+};
+
+template <class Body>
+FN_INLINE void parallel(int size, Body&& body) {
+#if defined(_OPENMP)
+  if (size > 1) {
+#pragma omp parallel num_threads(size)
+    body(Team{omp_get_num_threads(), omp_get_thread_num()});
+    return;
+  }
+#endif
+  body(Team{});
+}
+
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(n > 0 ? static_cast<T*>(scratch_allocate(size_t(n) * sizeof(T))) : nullptr) {}
+  ~Scratch() { scratch_free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T& operator[](int64_t i) const { return data_[i]; }
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace
+}  // namespace fusednorm::cpu::FUSEDNORM_ISA

@@ -1,0 +1,62 @@
+"""fusednorm: batch normalization and its family, forward and backward, at the speed of memory.
+
+Arrays in, arrays of the same kind, dtype and memory format out::
+
+    import numpy as np, fusednorm as fn
+
+    layer = fn.BatchNorm(64, activation="relu")
+    y = layer(np.random.randn(32, 64, 56, 56).astype(np.float32))
+    dx = layer.backward(np.ones_like(y))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusednorm import _C, reference
+from fusednorm.functional import batch_norm, batch_norm_backward, batch_norm_forward, batch_normalization, moments
+from fusednorm.layers import BatchNorm
+from fusednorm.statistics import Moments
+
+__all__ = [
+    "BatchNorm",
+    "Moments",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_normalization",
+    "build_info",
+    "empty_cache",
+    "get_num_threads",
+    "moments",
+    "reference",
+    "set_num_threads",
+]
+
+
+def build_info() -> dict[str, Any]:
+    """Version, compiler, instruction sets built and chosen, OpenMP, threads, and the state of CUDA with the reason."""
+    return dict(_C.build_info())
+
+
+def set_num_threads(n: int) -> None:
+    """Threads that a kernel may use, in every Python thread; ValueError for n < 1.
+
+    A limit set later through OpenMP (threadpoolctl, OMP's own calls) holds besides.
+    """
+    if n < 1:
+        raise ValueError(f"the number of threads must be at least 1, not {n}")
+    _C.set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """Threads that a kernel called from here may use now."""
+    return int(_C.get_num_threads())
+
+
+def empty_cache() -> int:
+    """Give the memory that the output pool keeps for coming outputs (1 GiB at most) back to the system; returns its bytes."""
+    return int(_C.empty_cache())
+
+
+__version__: str = build_info()["version"]

@@ -1,0 +1,90 @@
+"""Fold: every normalization in five integers.
+
+All normalizations are the same passes over memory. They differ only in which elements share a *statistic* (a mean and a
+variance) and which share a *parameter* (a weight and a bias). A fold says both; the kernels know nothing else.
+
+A contiguous tensor is seen as four axes, in memory order::
+
+        batch      outer       groups      inner
+     ┌─────────┬───────────┬───────────┬───────────┐
+     │    b    │     o     │     g     │     i     │       x[b, o, g, i]
+     └────┬────┴─────┬─────┴─────┬─────┴─────┬─────┘
+          │      reduced over    │      reduced over
+          └──────────┬───────────┘
+              own statistic                                statistic  s = b·groups + g
+                                                           channel    c = (g·inner + i) / span
+                                                           position   p = (b·outer + o)·span + i mod span
+
+One statistic is taken over ``outer·inner`` elements; there are ``batch·groups`` of them. ``span`` is the run of elements
+along ``inner`` that share one weight and one bias; there are ``groups·inner / span`` channels. Batch normalization of
+images, both layouts, as an example of what lies where (each letter a channel, each number a sample)::
+
+    channels first (N=2, C=3, HW=4)                       channels last (N=2, HW=4, C=3)
+    Fold(batch=1, outer=2, groups=3, inner=4, span=4)     Fold(batch=1, outer=8, groups=3, inner=1, span=1)
+
+    a0 a0 a0 a0  b0 b0 b0 b0  c0 c0 c0 c0                 a0 b0 c0  a0 b0 c0  a0 b0 c0  a0 b0 c0
+    a1 a1 a1 a1  b1 b1 b1 b1  c1 c1 c1 c1                 a1 b1 c1  a1 b1 c1  a1 b1 c1  a1 b1 c1
+    rows: a statistic is a list of runs                   columns: a statistic is a column
+
+The folds of the batch norms, for N samples, C channels and HW positions:
+
+===================  ==============================  =============================
+norm                 channels first (N, C, HW)       channels last (N, HW, C)
+===================  ==============================  =============================
+batch                (1, N, C, HW, HW)               (1, N·HW, C, 1, 1)
+batch of (N, C)      (1, N, C, 1, 1)                 the same
+ghost, B samples     (N/B, B, C, HW, HW)             (N/B, B·HW, C, 1, 1)
+===================  ==============================  =============================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fusednorm._C import Fold
+
+__all__ = ["Fold", "batch", "memory_order", "reduction"]
+
+
+def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, ...] | None:
+    """Axes longer than 1 from the slowest in memory to the fastest, or None where the array has gaps or overlaps."""
+    order = sorted((a for a, n in enumerate(shape) if n > 1), key=lambda a: -strides[a])
+    step = itemsize
+    for a in reversed(order):
+        if strides[a] != step:
+            return None
+        step *= shape[a]
+    return tuple(order)
+
+
+def batch(shape: Sequence[int], order: Sequence[int], axis: int, ghosts: int = 1) -> Fold:
+    """Batch normalization: one statistic and one channel for each index of `axis`.
+
+    ``order`` is the memory order of the axes (:func:`memory_order`): any dense array will do, since the order of the reduced
+    axes among themselves does not matter. With ``ghosts`` > 1 the slowest axis is cut into that many equal parts, each with
+    statistics of its own.
+    """
+    before = order[: order.index(axis)] if axis in order else order
+    after = order[order.index(axis) + 1 :] if axis in order else ()
+    outer, inner = math.prod(shape[a] for a in before), math.prod(shape[a] for a in after)
+    return Fold(ghosts, outer // ghosts, shape[axis], inner, inner)
+
+
+def reduction(shape: Sequence[int], order: Sequence[int], reduced: frozenset[int]) -> Fold | None:
+    """Statistics over the axes in `reduced`, or None where kept and reduced axes alternate too often for one fold."""
+    runs: list[tuple[bool, int]] = []
+    for a in order:
+        if runs and runs[-1][0] == (a in reduced):
+            runs[-1] = (runs[-1][0], runs[-1][1] * shape[a])
+        else:
+            runs.append((a in reduced, shape[a]))
+    # What is missing of (kept, reduced, kept, reduced) counts 1.
+    sizes = [1, 1, 1, 1]
+    place = 4 - len(runs) if runs and runs[-1][0] else 3 - len(runs)
+    if place < 0:
+        return None
+    for offset, (_, n) in enumerate(runs):
+        sizes[place + offset] = n
+    outer_batch, outer, groups, inner = sizes
+    return Fold(outer_batch, outer, groups, inner, inner)

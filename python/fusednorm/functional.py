@@ -1,0 +1,506 @@
+"""The norms as functions: fold, allocate, verb.
+
+Names, argument order and error words follow PyTorch's functional API; `axis`, the axis that is *kept*, comes from Keras and
+TensorFlow. Shapes below: N samples, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusednorm import _C, arrays, fold
+from fusednorm.arrays import Array
+
+Activation = str | tuple[str, float] | None
+
+# The codes of csrc/core/epilogue.h.
+_ACTIVATIONS: dict[Activation, tuple[int, float]] = {
+    None: (0, 0.0),
+    "relu": (1, 0.0),
+    "leaky_relu": (2, 0.01),
+    "silu": (3, 0.0),
+    "sigmoid": (4, 0.0),
+    "tanh": (5, 0.0),
+}
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def _activation(activation: Activation) -> tuple[int, float]:
+    try:
+        return _ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        pass
+    if isinstance(activation, tuple) and len(activation) == 2 and activation[0] == "leaky_relu":
+        return 2, float(activation[1])
+    names = ", ".join(str(name) for name in _ACTIVATIONS if name)
+    raise ValueError(f'activation must be one of {names} or ("leaky_relu", slope), not {activation!r}')
+
+
+class _Layout(NamedTuple):
+    """How an array is folded: one fold for the whole, or two where the last ghost batch is shorter."""
+
+    channels: int
+    fold: fold.Fold
+    rest: fold.Fold | None  # the last, shorter ghost batch
+    split: int  # samples before it
+    sample_axis: int
+    ghosts: int | None  # statistics per channel; None: no ghost batches asked for
+    fewest: int  # elements that the smallest statistic is taken over
+
+
+@lru_cache(maxsize=4096)
+def _layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], axis: int, ghost: int | None
+) -> _Layout | None:
+    """The folds of an array, or None where it must first be copied to C order. Cached: a model has few shapes."""
+    ndim = len(shape)
+    if ndim < 2:
+        raise ValueError(f"expected at least 2D input (got {ndim}D input)")
+    if not -ndim <= axis < ndim:
+        raise np.exceptions.AxisError(axis, ndim)
+    if dtype.kind != "f" and dtype.char != "E" or dtype.itemsize not in (2, 4, 8):
+        raise TypeError(f"x has dtype {dtype}; float32, float64, float16 and bfloat16 are taken")
+    axis %= ndim
+    order = fold.memory_order(shape, strides, dtype.itemsize)
+    if order is None or not dtype.isnative:
+        return None
+    sample_axis = 1 if axis == 0 else 0
+    samples = shape[sample_axis]
+    per_sample = 1
+    for a, n in enumerate(shape):
+        per_sample *= n if a not in (axis, sample_axis) else 1
+    if ghost is None:
+        return _Layout(shape[axis], fold.batch(shape, order, axis), None, samples, sample_axis, None, samples * per_sample)
+    if order and samples > 1 and order[0] != sample_axis:
+        return None
+    full, left = divmod(samples, ghost)
+    whole, rest = list(shape), list(shape)
+    whole[sample_axis], rest[sample_axis] = full * ghost, left
+    return _Layout(
+        shape[axis],
+        fold.batch(whole, order, axis, max(full, 1)),
+        fold.batch(rest, order, axis) if left else None,
+        full * ghost,
+        sample_axis,
+        full + (left > 0),
+        (left or ghost) * per_sample if samples else 0,
+    )
+
+
+def _dense(x: Array, axis: int, ghost: int | None) -> tuple[Array, _Layout]:
+    """`x`, or a C-ordered copy of it, with its folds."""
+    if ghost is not None and (not isinstance(ghost, int | np.integer) or ghost < 1):
+        raise ValueError(f"ghost_batch_size must be a positive integer or None, not {ghost!r}")
+    layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
+    if layout is None or not x.flags.aligned:
+        copy = arrays.empty(x.shape, x.dtype.newbyteorder("="))
+        copy[...] = x
+        x = copy
+        layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
+        if layout is None:  # samples are not the slowest axis in C order
+            order = (1, 0, *range(2, x.ndim))
+            x = np.ascontiguousarray(x.transpose(order)).transpose(order)
+            layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
+            assert layout is not None
+    return x, layout
+
+
+def _alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
+    """An operand with x's shape and dtype, in memory like `laid_out`."""
+    a = arrays.taken(a, name)
+    if a.shape != x.shape:
+        raise ValueError(f"{name} must have x's shape {x.shape}, got {a.shape}")
+    if a.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {a.dtype}")
+    return arrays.laid_out_like(a, laid_out)
+
+
+def _output(out: Array | None, x: Array, laid_out: Array, inputs: Sequence[Array | None]) -> Array:
+    """Where the kernel writes: `out` itself if it lies right, else a fresh array that `_deliver` copies from."""
+    if out is None:
+        return arrays.empty_like(laid_out)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+    if out.shape != x.shape:
+        raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must have x's dtype {x.dtype}, got {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    for a in inputs:
+        if a is not None and arrays.overlaps(out, a):
+            raise ValueError("out overlaps an input partly; it must be that input itself or lie apart from it")
+    if out.strides == laid_out.strides and arrays.is_plain(out):
+        return out
+    return arrays.empty_like(laid_out)
+
+
+def _deliver(result: Array, out: Array | None) -> Array:
+    if out is None or out is result:
+        return result
+    out[...] = result
+    return out
+
+
+def _forward(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    training: bool,
+    momentum: float,
+    counted: int,
+    eps: float,
+    axis: int,
+    residual: Array | None,
+    activation: Activation,
+    ghost: int | None,
+    out: Array | None,
+) -> tuple[Array, Array, Array]:
+    """`counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average."""
+    given = x if type(x) is np.ndarray else arrays.taken(x, "x")
+    code, slope = _ACTIVATIONS.get(activation) or _activation(activation) if activation else (0, 0.0)
+    x, layout = _dense(given, axis, ghost)
+    if training:
+        if layout.fewest == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        if not eps > 0:
+            raise ValueError(f"batch_norm eps must be positive, but got {eps}")
+    elif running_mean is None or running_var is None:
+        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+    if residual is not None:
+        residual = _alike(residual, "residual", given, x)
+    if out is None and residual is None:
+        y = arrays.empty_like(x)
+    else:
+        y = _output(out, given, x, (given, residual, weight, bias, running_mean, running_var))
+    if layout.ghosts is None:
+        mean, rstd = np.empty(layout.channels), np.empty(layout.channels)
+        _C.forward(
+            layout.fold, x, weight, bias, running_mean, running_var, residual, y, mean, rstd,
+            training, momentum, counted, eps, code, slope,
+        )  # fmt: skip
+        return y if out is None else _deliver(y, out), mean, rstd
+
+    mean, rstd = np.empty((2, layout.ghosts, layout.channels))
+    if not training:  # the running statistics serve every ghost batch alike
+        whole = fold.batch(x.shape, fold.memory_order(x.shape, x.strides, x.itemsize) or (), axis % x.ndim)
+        _C.forward(
+            whole, x, weight, bias, running_mean, running_var, residual, y, mean[0], rstd[0],
+            False, momentum, counted, eps, code, slope,
+        ) if layout.ghosts else None  # fmt: skip
+        mean[1:], rstd[1:] = mean[:1], rstd[:1]
+        return _deliver(y, out), mean, rstd
+    for part, fold_of_part, statistics in _parts(layout, x.ndim):
+        _C.forward(
+            fold_of_part, x[part], weight, bias, running_mean, running_var,
+            None if residual is None else residual[part], y[part], mean[statistics], rstd[statistics],
+            training, momentum, counted if counted < 0 else counted + statistics.start, eps, code, slope,
+        )  # fmt: skip
+    return _deliver(y, out), mean, rstd
+
+
+def _parts(layout: _Layout, ndim: int) -> list[tuple[tuple[slice, ...], fold.Fold, slice]]:
+    """The full ghost batches and the shorter last one: which samples, their fold, their rows of the statistics."""
+    before = (slice(None),) * layout.sample_axis
+    full = (layout.ghosts or 0) - (layout.rest is not None)
+    parts = [((*before, slice(0, layout.split)), layout.fold, slice(0, full))] if full else []
+    if layout.rest is not None:
+        parts.append(((*before, slice(layout.split, None)), layout.rest, slice(full, full + 1)))
+    return parts
+
+
+def batch_norm_forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: Array | None = None,
+    activation: Activation = None,
+    ghost_batch_size: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Batch normalization (Ioffe & Szegedy 2015): ``y = act((x − mean)·rstd·weight + bias + residual)``.
+
+    Parameters
+    ----------
+    x : (N, C), (N, C, *spatial) or any other place of C
+        float32, float64, float16 or bfloat16, at least 2-D. Dense arrays of any axis order are read where they lie; others
+        through a copy.
+    weight, bias : (C,), optional
+        Any of the four dtypes, whatever x's.
+    running_mean, running_var : (C,), optional
+        Updated in place when training: ``new = (1 − momentum)·old + momentum·batch``, the variance with n − 1. Used, and
+        needed, when not training.
+    training : bool
+        Whether the statistics are the batch's or the running ones.
+    axis : int
+        The axis that keeps its own statistics; -1 for channels last.
+    residual : like x, optional
+        Added before the activation.
+    activation : "relu", "leaky_relu", "silu", "sigmoid", "tanh" or ("leaky_relu", slope), optional
+        The slope is 0.01 unless given.
+    ghost_batch_size : int, optional
+        Statistics over that many consecutive samples instead of the whole batch (Hoffer et al. 2017), as if called on each
+        slice in turn; the last may be shorter.
+    out : like x, optional
+        Where y goes, any strides. It may be x or residual itself; a backward needs the original x.
+
+    Returns
+    -------
+    y : like x
+    mean, rstd : float64, (C,) or, with ghost batches, (⌈N / ghost_batch_size⌉, C)
+        What the backward needs: ``rstd = 1/√(variance + eps)``, the variance with n. Float64, since a mean rounded to
+        float32 costs the gradients their digits where mean/σ is large.
+
+    Raises
+    ------
+    ValueError
+        One value per channel in training, eps ≤ 0 in training, sizes that do not fit, running statistics missing in
+        evaluation, a read-only array to be written. AxisError for the axis.
+    TypeError
+        Arrays of another kind, other dtypes, momentum None.
+    """
+    return _forward(
+        x, weight, bias, running_mean, running_var, training, momentum, -1, eps, axis, residual, activation,
+        ghost_batch_size, out,
+    )  # fmt: skip
+
+
+def batch_norm(
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    residual: Array | None = None,
+    activation: Activation = None,
+    out: Array | None = None,
+) -> Array:
+    """Batch normalization in the order of ``torch.nn.functional.batch_norm``; see :func:`batch_norm_forward`."""
+    return _forward(
+        x, weight, bias, running_mean, running_var, training, momentum, -1, eps, axis, residual, activation, None, out
+    )[0]
+
+
+def _statistics(a: object, name: str, shape: tuple[int, ...]) -> Array:
+    a = arrays.taken(a, name)
+    if a.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {a.shape}")
+    return np.ascontiguousarray(a, np.float64)
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    training: bool = True,
+    axis: int = 1,
+    residual: Array | None = None,
+    activation: Activation = None,
+    ghost_batch_size: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, ...]:
+    """Gradients of :func:`batch_norm_forward`.
+
+    Parameters
+    ----------
+    dy : like x
+        Gradient with respect to y; its memory layout may differ from x's.
+    x, weight, bias, residual, axis, activation, ghost_batch_size
+        As in the forward. bias and residual serve to rebuild the activation's derivative; without an activation their
+        values do not matter.
+    mean, rstd : as returned by the forward
+    training : bool
+        False where mean and rstd were constants (evaluation, frozen statistics): then ``dx = dy·act'·weight·rstd``.
+    out : like x, optional
+        Where dx goes; it may be dy or x itself.
+
+    Returns
+    -------
+    dx : like x
+    dweight, dbias : (C,)
+        In the parameter's dtype; without one float32, for float64 x float64.
+    dresidual : like x
+        Only where a residual was given.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As the forward.
+    """
+    given = arrays.taken(x, "x")
+    code, slope = _activation(activation)
+    x, layout = _dense(given, axis, ghost_batch_size)
+    dy = _alike(dy, "dy", given, x)
+    shape = (layout.channels,) if layout.ghosts is None else (layout.ghosts, layout.channels)
+    mean, rstd = _statistics(mean, "mean", shape), _statistics(rstd, "rstd", shape)
+    if residual is not None:
+        residual = _alike(residual, "residual", given, x)
+    dx = _output(out, given, x, (given, dy, residual, weight, bias))
+    dresidual = None if residual is None else arrays.empty_like(x)
+    default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
+    dweight = np.empty(layout.channels, default if weight is None else arrays.taken(weight, "weight").dtype)
+    dbias = np.empty(layout.channels, default if bias is None else arrays.taken(bias, "bias").dtype)
+    if layout.ghosts is None:
+        _C.backward(
+            layout.fold, dy, x, mean, rstd, weight, bias, residual, not training, code, slope, dx, dresidual, dweight, dbias
+        )
+    else:
+        dweight[...], dbias[...] = 0, 0
+        sums = np.zeros((2, 2, layout.channels))
+        for i, (part, fold_of_part, statistics) in enumerate(_parts(layout, x.ndim)):
+            _C.backward(
+                fold_of_part, dy[part], x[part], mean[statistics], rstd[statistics], weight, bias,
+                None if residual is None else residual[part], not training, code, slope, dx[part],
+                None if dresidual is None else dresidual[part], sums[i, 0], sums[i, 1],
+            )  # fmt: skip
+        dweight[...], dbias[...] = sums[0] + sums[1]
+    dx = _deliver(dx, out)
+    return (dx, dweight, dbias) if dresidual is None else (dx, dweight, dbias, dresidual)
+
+
+def _kept_first(x: Array, reduced: frozenset[int]) -> tuple[Array, fold.Fold, tuple[int, ...]]:
+    """x as it lies, or a copy with the kept axes first; its fold; and the axes of x in the order the statistics run over."""
+    order = fold.memory_order(x.shape, x.strides, x.itemsize) if arrays.is_plain(x) else None
+    found = None if order is None else fold.reduction(x.shape, order, reduced)
+    if order is None or found is None:
+        kept = tuple(a for a in range(x.ndim) if a not in reduced)
+        moved = x.transpose(*kept, *sorted(reduced))
+        x = arrays.empty(moved.shape, x.dtype.newbyteorder("="))
+        x[...] = moved
+        n = int(np.prod(x.shape[len(kept) :], dtype=np.int64))
+        return x, fold.Fold(1, 1, int(np.prod(x.shape[: len(kept)], dtype=np.int64)), n, n), kept
+    return x, found, tuple(a for a in order if a not in reduced)
+
+
+def _axes(axes: int | Sequence[int], ndim: int) -> frozenset[int]:
+    wanted = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
+    for a in wanted:
+        if not -ndim <= a < ndim:
+            raise np.exceptions.AxisError(a, ndim)
+    unique = frozenset(int(a) % ndim for a in wanted)
+    if len(unique) != len(wanted):
+        raise ValueError(f"duplicate value in axes {wanted}")
+    return unique
+
+
+def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, frozenset[int]]:
+    """n, mean and m2 with the reduced axes kept as 1."""
+    x = arrays.taken(x, "x")
+    if x.dtype.kind != "f" and x.dtype.char != "E" or x.dtype.itemsize not in (2, 4, 8):
+        raise TypeError(f"x has dtype {x.dtype}; float32, float64, float16 and bfloat16 are taken")
+    reduced = _axes(axes, x.ndim)
+    shape = x.shape
+    dense, folded, kept = _kept_first(x, reduced)
+    count, mean, m2 = np.empty((3, folded.statistics))
+    _C.moments(folded, dense, True, count, mean, m2)
+    # From the fold's order of the kept axes to x's; axes of length 1 lie anywhere.
+    full = tuple(a for a in range(x.ndim) if a not in kept)
+    inverse = np.argsort((*kept, *full))
+
+    def shaped(a: Array) -> Array:
+        lying = a.reshape(tuple(shape[k] for k in kept) + (1,) * len(full))
+        return np.ascontiguousarray(lying.transpose(inverse))
+
+    n = 1
+    for a in reduced:
+        n *= shape[a]
+    return float(n), shaped(mean), shaped(m2), reduced
+
+
+def moments(
+    x: Array, axes: int | Sequence[int], *, correction: float = 0, keepdims: bool = False
+) -> tuple[Array, Array]:
+    """Mean and variance over `axes` (the axes that are *reduced*), as ``tf.nn.moments``.
+
+    Two passes over each chunk in cache, merged as Chan, Golub & LeVeque (1979): the variance keeps its digits at any
+    mean/σ. Divided by ``n − correction``; NaN where that is not positive.
+
+    Returns
+    -------
+    mean, variance : float64
+        Shape of x without `axes`, or with 1 in their place.
+
+    Raises
+    ------
+    TypeError
+        Not a NumPy array of float32, float64, float16 or bfloat16.
+    ValueError
+        An axis twice; AxisError for one that is not there.
+    """
+    n, mean, m2, reduced = _moments(x, axes)
+    divisor = n - correction
+    variance = m2 / divisor if divisor > 0 else np.full_like(m2, np.nan)
+    if n == 0:
+        mean = np.full_like(mean, np.nan)
+    if not keepdims:
+        mean, variance = mean.squeeze(tuple(reduced)), variance.squeeze(tuple(reduced))
+    return mean, variance
+
+
+def batch_normalization(
+    x: Array, mean: Array, variance: Array, offset: Array | None, scale: Array | None, variance_epsilon: float
+) -> Array:
+    """TensorFlow's ``tf.nn.batch_normalization``: ``(x − mean)/√(variance + variance_epsilon)·scale + offset``.
+
+    mean, variance, offset and scale broadcast against x: (C,) for channels last, or with 1 on the axes they do not vary
+    along. offset and scale may be None.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not broadcast to x's.
+    TypeError
+        Arrays of another kind or dtype.
+    """
+    x = arrays.taken(x, "x")
+    named = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
+    given = {name: arrays.taken(a, name) for name, a in named.items() if a is not None or name in ("mean", "variance")}
+    for name, a in given.items():
+        if a.ndim > x.ndim or any(n not in (1, m) for n, m in zip(a.shape[::-1], x.shape[::-1], strict=False)):
+            raise ValueError(f"{name} of shape {a.shape} does not broadcast to x's shape {x.shape}")
+    union = np.broadcast_shapes((1,) * x.ndim, *(a.shape for a in given.values()))
+    reduced = frozenset(a for a in range(x.ndim) if union[a] == 1)
+    dense, folded, kept = _kept_first(x, reduced)
+
+    def flat(name: str) -> Array | None:
+        if name not in given:
+            return None
+        a = np.broadcast_to(given[name].astype(np.float64), union).transpose(*kept, *(set(range(x.ndim)) - set(kept)))
+        return np.ascontiguousarray(a).reshape(folded.batch, folded.groups)
+
+    m, v, b, w = (flat(name) for name in named)
+    assert m is not None
+    assert v is not None
+    r = 1 / np.sqrt(v + variance_epsilon)
+    y = arrays.empty_like(dense)
+    # One channel a group: each batch entry, which has parameters of its own, is a call.
+    one = fold.Fold(1, folded.outer, folded.groups, folded.inner, folded.span)
+    entries = zip(dense.ravel("K").reshape(folded.batch, -1), y.ravel("K").reshape(folded.batch, -1), strict=True)
+    for i, (x_entry, y_entry) in enumerate(entries):
+        wi, bi = None if w is None else w[i], None if b is None else b[i]
+        _C.normalize(one, x_entry, m[i], r[i], wi, bi, None, 0, 0.0, y_entry)
+    if dense.shape == x.shape:
+        return y
+    return np.ascontiguousarray(y.transpose(np.argsort((*kept, *sorted(reduced)))))

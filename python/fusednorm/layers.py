@@ -1,0 +1,289 @@
+"""The norms as layers: parameters, running statistics and the state between forward and backward."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fusednorm import _C, functional
+from fusednorm.arrays import Array
+from fusednorm.functional import Activation
+
+__all__ = ["BatchNorm"]
+
+
+def _dtype(dtype: Any) -> np.dtype[Any]:
+    """A parameter's dtype; "bfloat16" needs ml_dtypes, which gives NumPy the type."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    found = np.dtype(dtype)
+    if found not in (np.float16, np.float32, np.float64) and found.char != "E":
+        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, not {found}")
+    return found
+
+
+def _on_cpu(device: str) -> str:
+    if device == "cpu":
+        return device
+    if device.split(":")[0] == "cuda":
+        raise RuntimeError(f"device {device!r} is not to be had: CUDA kernels {_C.build_info()['cuda']}")
+    raise ValueError(f'device must be "cpu" or "cuda:0", "cuda:1", …, not {device!r}')
+
+
+class BatchNorm:
+    """Batch normalization over every axis but one (Ioffe & Szegedy 2015), with PyTorch's conventions.
+
+    ``y = act((x − mean)/√(variance + eps)·weight + bias + residual)``. A layer starts in training mode, where mean and
+    variance are the batch's and update the running ones; after :meth:`eval` the running ones are used.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the length of `axis`.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of the new value in the running statistics; None: all batches weigh the same, a cumulative average.
+    affine : bool
+        Whether there are a weight (ones) and a bias (zeros).
+    track_running_stats : bool
+        False: no running statistics; the batch's are used in evaluation too.
+    axis : int
+        The axis that is kept; -1 for channels last.
+    activation, ghost_batch_size
+        As in :func:`fusednorm.batch_norm_forward`.
+    dtype : dtype of parameters and running statistics, whatever x's
+    device : "cpu"
+
+    Attributes
+    ----------
+    weight, bias, running_mean, running_var : (num_features,) arrays or None
+        Optimizers write into them in place; assigning copies into them.
+    weight_grad, bias_grad : arrays or None
+        Set by :meth:`backward`, in the parameter's dtype.
+    num_batches_tracked : int
+        Batches (ghost batches, where there are) that the running statistics have seen.
+    training : bool
+
+    Notes
+    -----
+    A call keeps references to x and residual, and the gradients are those of x as it is when :meth:`backward` runs: do not
+    write to x in between. What is kept belongs to the calling thread, and is neither copied nor pickled. Several threads
+    may evaluate one layer at once; training from several needs the caller's lock.
+    """
+
+    weight_grad: Array | None
+    bias_grad: Array | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int = 1,
+        activation: Activation = None,
+        ghost_batch_size: int | None = None,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        kind = _dtype(dtype)
+        functional._activation(activation)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.axis = axis
+        self.activation = activation
+        self.ghost_batch_size = ghost_batch_size
+        self.device = _on_cpu(device)
+        self.training = True
+        self.num_batches_tracked = 0
+        self.weight_grad = self.bias_grad = None
+        self._weight = np.ones(num_features, kind) if affine else None
+        self._bias = np.zeros(num_features, kind) if affine else None
+        self._running_mean = np.zeros(num_features, kind) if track_running_stats else None
+        self._running_var = np.ones(num_features, kind) if track_running_stats else None
+        self._saved = threading.local()
+
+    def _assign(self, name: str, value: Any) -> None:
+        own = getattr(self, "_" + name)
+        if own is None:
+            raise AttributeError(f"this layer has no {name}")
+        value = np.asarray(value)
+        if value.shape != own.shape:
+            raise ValueError(f"{name} should contain {own.size} elements not {value.size}")
+        own[...] = value
+
+    @property
+    def weight(self) -> Array | None:
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._assign("weight", value)
+
+    @property
+    def bias(self) -> Array | None:
+        return self._bias
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        self._assign("bias", value)
+
+    @property
+    def running_mean(self) -> Array | None:
+        return self._running_mean
+
+    @running_mean.setter
+    def running_mean(self, value: Any) -> None:
+        self._assign("running_mean", value)
+
+    @property
+    def running_var(self) -> Array | None:
+        return self._running_var
+
+    @running_var.setter
+    def running_var(self, value: Any) -> None:
+        self._assign("running_var", value)
+
+    def __call__(self, x: Array, residual: Array | None = None, *, out: Array | None = None) -> Array:
+        """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`."""
+        training, tracked = self.training, self.track_running_stats
+        batch_statistics = training or not tracked
+        count, momentum = -1, self.momentum
+        if momentum is None:
+            count, momentum = self.num_batches_tracked, 0.0
+        y, mean, rstd = functional._forward(
+            x,
+            self._weight,
+            self._bias,
+            self._running_mean,
+            self._running_var,
+            batch_statistics,
+            momentum,
+            count,
+            self.eps,
+            self.axis,
+            residual,
+            self.activation,
+            self.ghost_batch_size,
+            out,
+        )
+        if training and tracked and y.size:
+            self.num_batches_tracked += 1 if mean.ndim == 1 else mean.shape[0]
+        self._saved.call = (x, mean, rstd, batch_statistics, residual)
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Any:
+        """dx, or (dx, dresidual) if the last call of this thread had a residual; sets weight_grad and bias_grad.
+
+        Raises RuntimeError where there was no call since the last backward.
+        """
+        saved = getattr(self._saved, "call", None)
+        if saved is None:
+            raise RuntimeError("backward needs a call of the layer before it; each call's state serves one backward")
+        x, mean, rstd, batch_statistics, residual = saved
+        dx, dweight, dbias, *dresidual = functional.batch_norm_backward(
+            dy,
+            x,
+            mean,
+            rstd,
+            self._weight,
+            self._bias,
+            training=batch_statistics,
+            axis=self.axis,
+            residual=residual,
+            activation=self.activation,
+            ghost_batch_size=self.ghost_batch_size,
+            out=out,
+        )
+        self._saved.call = None
+        if self.affine:
+            self.weight_grad, self.bias_grad = dweight, dbias
+        return (dx, *dresidual) if dresidual else dx
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Training mode, or evaluation where `mode` is False. Returns the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Evaluation mode: the running statistics are used and stay as they are. Returns the layer."""
+        return self.train(False)
+
+    def to(self, device: str) -> BatchNorm:
+        """The layer with its arrays on `device`."""
+        self.device = _on_cpu(device)
+        return self
+
+    def scale_shift(self) -> tuple[Array, Array]:
+        """Evaluation as one scale and one shift a channel: ``y = x·scale + shift`` (before residual and activation).
+
+        For folding into the layer before: multiply its output channels' weights by scale, its bias too, and add shift.
+        float64, (C,). RuntimeError without running statistics.
+        """
+        if self._running_mean is None or self._running_var is None:
+            raise RuntimeError("scale_shift needs running statistics; this layer was made with track_running_stats=False")
+        scale = 1 / np.sqrt(self._running_var.astype(np.float64) + self.eps)
+        if self._weight is not None:
+            scale = scale * self._weight.astype(np.float64)
+        shift = -self._running_mean.astype(np.float64) * scale
+        if self._bias is not None:
+            shift = shift + self._bias.astype(np.float64)
+        return scale, shift
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of parameters and running statistics under PyTorch's names."""
+        state = {
+            "weight": self._weight,
+            "bias": self._bias,
+            "running_mean": self._running_mean,
+            "running_var": self._running_var,
+            "num_batches_tracked": np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None,
+        }
+        return {name: value.copy() for name, value in state.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy a state in; all of it is checked before any of it is taken. `num_batches_tracked` may be missing.
+
+        Raises KeyError for missing or unexpected names, ValueError for sizes.
+        """
+        own = self.state_dict()
+        missing = [name for name in own if name not in state and name != "num_batches_tracked"]
+        unexpected = [name for name in state if name not in own]
+        if missing:
+            raise KeyError(f"Missing key(s) in state_dict: {', '.join(missing)}")
+        if unexpected:
+            raise KeyError(f"Unexpected key(s) in state_dict: {', '.join(unexpected)}")
+        values = {name: np.asarray(value) for name, value in state.items()}
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"size mismatch for {name}: expected {own[name].shape}, got {value.shape}")
+        for name, value in values.items():
+            if name == "num_batches_tracked":
+                self.num_batches_tracked = int(value)
+            else:
+                self._assign(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_saved"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._saved = threading.local()
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, axis={self.axis}, activation={self.activation!r}, "
+            f"ghost_batch_size={self.ghost_batch_size})"
+        )
