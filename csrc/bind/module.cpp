@@ -241,6 +241,13 @@ void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py:
                      tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in)});
 }
 
+void copy(py::handle to, py::handle from) {
+  const py::array target = as_array(to, "to"), source = as_array(from, "from");
+  const Array t = tensor(target, "to", target.size(), true), f = tensor(source, "from", source.size(), false);
+  expect(target.nbytes() == source.nbytes(), "copy needs arrays of as many bytes");
+  call(&Backend::copy, CopyArgs{t.data, f.data, target.nbytes()});
+}
+
 // Memory of the output pool as a Python buffer; it goes back when the last array on it is gone.
 class PoolMemory {
  public:
@@ -326,6 +333,8 @@ PYBIND11_MODULE(_C, m) {
         arg("residual"), arg("activation"), arg("slope"), arg("s1"), arg("s2"), arg("dweight"), arg("dbias"));
   m.def("grad_input", &grad_input, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
         arg("residual"), arg("activation"), arg("slope"), arg("cx"), arg("c0"), arg("dx"), arg("dresidual"));
+
+  m.def("copy", &copy, arg("to"), arg("from"));
 
   m.def("build_info", &build_info);
   m.def("select_isa", &cpu::select, arg("name"));

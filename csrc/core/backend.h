@@ -88,6 +88,13 @@ struct MergeArgs {
   double *merged_count, *merged_mean, *merged_m2;
 };
 
+// A plain copy past the caches: the ceiling that benchmarks measure the verbs against.
+struct CopyArgs {
+  void* to;
+  const void* from;
+  int64_t bytes;
+};
+
 struct Backend {
   const char* name;
   void (*moments)(const MomentsArgs&);
@@ -97,6 +104,7 @@ struct Backend {
   void (*grad_input)(const GradInputArgs&);
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
+  void (*copy)(const CopyArgs&);
 };
 
 }  // namespace fusednorm

@@ -165,9 +165,22 @@ void backward(const BackwardArgs& a) {
   parameter_gradients(pass, a.dweight, a.dbias);
 }
 
+void copy(const CopyArgs& a) {
+  constexpr int64_t piece = 1 << 18;
+  const int64_t pieces = (a.bytes + piece - 1) / piece;
+  parallel(threads_for(a.bytes / 4, pieces), [&](const Team& team) {
+    team.each(pieces, [&](int64_t i) {
+      const int64_t at = i * piece, n = a.bytes - at < piece ? a.bytes - at : piece;
+      put_elements(static_cast<char*>(a.to) + at, static_cast<const char*>(a.from) + at, n, true);
+    });
+    stream_fence();
+  });
+}
+
 }  // namespace
 
 extern const Backend backend;
-const Backend backend{FN_NAME(FUSEDNORM_ISA), moments, merge, normalize, grad_sums, grad_input, forward, backward};
+const Backend backend{FN_NAME(FUSEDNORM_ISA), moments, merge, normalize, grad_sums, grad_input,
+                      forward, backward, copy};
 
 }  // namespace fusednorm::cpu::FUSEDNORM_ISA

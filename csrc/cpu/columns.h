@@ -1,14 +1,14 @@
 // Columns: memory in which neighbours belong to different statistics and channels (channels last, (N, C)).
 //
 // A batch entry is a matrix of `outer` rows and `groups` columns. It is cut, by its shape alone, into tiles of rows (the
-// unit of work), panels of columns (1 KB of a row) and chunks (a few rows of a panel: two passes over L1), and each column
-// of a chunk is merged into its tile's moments, vectorized over the columns.
+// unit of work), panels of columns (1 KB of a row) and chunks (a few rows of a panel, float32 sums), and each column of a
+// chunk is taken into its tile's moments, vectorized over the columns.
 //
 // Few or odd columns are seen as more: the matrix is contiguous, so `repeat` rows of it are one row of repeat·groups
 // columns, as wide as whole registers want it. The copies of a column are merged at the end; the rows that are left over
 // are one more, narrow, tile.
 //
-// Coefficients lie in lane order (simd.h), one register after the other.
+// Coefficients lie in lane order (simd.h): all that a register of columns needs, side by side, register after register.
 #pragma once
 
 #include "cpu/passes.h"
@@ -19,8 +19,10 @@ namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
 constexpr int kPanelBytes = 1024;  // of one row
-constexpr int64_t kChunkElements = 8192, kTileElements = 65536, kMaxTiles = 128;
-constexpr int kStep = 8;  // rows that share one load of a column's accumulators or coefficients
+constexpr int64_t kChunkElements = 8192, kTileElements = 262144, kMaxTiles = 128, kWriteElements = 32768;
+// Rows that share one load of a column's accumulators, and of its coefficients where results are written: few enough there
+// for memory to be walked nearly in order.
+constexpr int kSumStep = 8, kWriteStep = 1;
 
 template <class T>
 constexpr int kPanel = kPanelBytes / int(sizeof(T));  // columns
@@ -31,6 +33,20 @@ constexpr int kWide = sizeof(R) == 8 ? 1 : 2;  // float64 vectors that a vector 
 
 FN_INLINE void widen(D v, D* wide) { wide[0] = v; }
 FN_INLINE void widen(F v, D* wide) { widen(v, wide[0], wide[1]); }
+FN_INLINE D narrow(const D* wide, D) { return wide[0]; }
+FN_INLINE F narrow(const D* wide, F) {
+  const HalfF half[2] = {__builtin_convertvector(wide[0], HalfF), __builtin_convertvector(wide[1], HalfF)};
+  F v;
+  memcpy(&v, half, sizeof v);
+  return v;
+}
+template <class Mask>
+FN_INLINE bool any(Mask m) {
+  int64_t word[sizeof m / 8], found = 0;
+  memcpy(word, &m, sizeof m);
+  for (int64_t w : word) found |= w;
+  return found != 0;
+}
 
 // A rectangle of one panel's width or less.
 struct Block {
@@ -50,8 +66,8 @@ struct ColumnShape {
     rows = outer / repeat;
     rest = outer % repeat;
     panels = (columns + kPanel<T> - 1) / kPanel<T>;
-    chunk_rows = kChunkElements / (panels > 1 ? kPanel<T> : columns) / kStep * kStep;
-    chunk_rows = chunk_rows > 64 ? 64 : chunk_rows < kStep ? kStep : chunk_rows;
+    chunk_rows = kChunkElements / (panels > 1 ? kPanel<T> : columns) / kSumStep * kSumStep;
+    chunk_rows = chunk_rows > 64 ? 64 : chunk_rows < kSumStep ? kSumStep : chunk_rows;
     const int64_t wanted = kTileElements / columns + 1, least = (rows + kMaxTiles - 1) / kMaxTiles;
     tile_rows = ((wanted > least ? wanted : least) + chunk_rows - 1) / chunk_rows * chunk_rows;
     tiles = (rows + tile_rows - 1) / tile_rows;
@@ -86,7 +102,7 @@ template <int kRows>
 struct RowsNow {
   static constexpr int value = kRows;
 };
-template <class T, class Step>
+template <class T, int kStep, class Step>
 FN_INLINE void down(const Block& block, Step&& step) {
   int64_t r = 0;
   for (; r + kStep <= block.rows; r += kStep)
@@ -97,96 +113,123 @@ FN_INLINE void down(const Block& block, Step&& step) {
               [&](int64_t j, int64_t index, auto there) FN_LAMBDA { step(r, j, index, there, RowsNow<1>{}); });
 }
 
-// Running float64 moments of a tile's columns.
+// Float64 moments of a tile's columns, taken in chunk by chunk (core/moments.h says why no digit is lost).
 template <class T>
 struct PanelMoments {
-  using R = Real<T>;
+  static constexpr int wide = kWide<Real<T>>;
   double n = 0;
-  D mean[kPanelVectors<T> * kWide<R>] = {}, m2[kPanelVectors<T> * kWide<R>] = {};
+  D mean[kPanelVectors<T> * wide] = {}, m2[kPanelVectors<T> * wide] = {};
 };
 
-// The chunk's columns of one register again, in float64.
 template <class T>
-[[gnu::noinline]] void column_moments_wide(const T* x, const Block& block, int64_t column, int part, bool center, D* mean,
-                                           D* m2) {
-  for (int lane = 0; lane < kLanes<Real<T>>; ++lane) {
-    const int64_t j = column + Pack<T>::order(part, lane);
-    if (j >= block.columns) continue;
-    const Moments m = chunk_moments_wide(x + block.offset + j, Runs{0, block.stride, block.rows, 1}, center);
-    mean[lane / kLanes<double>][lane % kLanes<double>] = m.mean;
-    m2[lane / kLanes<double>][lane % kLanes<double>] = m.m2;
-  }
-}
+struct PanelSums {
+  Vector<Real<T>> v[kPanelVectors<T>] = {};
+};
 
-// `ahead`: elements to the chunk that is read next.
 template <class T>
-[[gnu::noinline]] void chunk_column_moments(const T* x, const Block& block, bool center, int64_t ahead,
-                                            PanelMoments<T>& tile) {
-  using R = Real<T>;
-  using V = Vector<R>;
+FN_INLINE void sum_columns(const T* base, const Block& block, PanelSums<T>& sum) {
   constexpr int parts = Pack<T>::parts;
-  V hi[kPanelVectors<T>] = {}, sum[kPanelVectors<T>] = {}, squares[kPanelVectors<T>] = {};
-  const T* base = x + block.offset;
-  down<T>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
-    V total[parts] = {};
-#pragma GCC unroll 8
-    for (int k = 0; k < now.value; ++k) {
-      const T* p = base + (r + k) * block.stride + j;
-      prefetch(p + ahead);
-      const Lanes<T> v = load(p, there);
-      for (int part = 0; part < parts; ++part) total[part] += v.v[part];
-    }
-    for (int part = 0; part < parts; ++part) hi[index * parts + part] += total[part];
-  });
-  const R one_over_n = R(1) / R(block.rows);
-  for (V& h : hi) h = center ? h * one_over_n : V{};
-  down<T>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
-    V s[parts] = {}, q[parts] = {};
+  down<T, kSumStep>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
+    Vector<Real<T>> s[parts] = {};
 #pragma GCC unroll 8
     for (int k = 0; k < now.value; ++k) {
       const Lanes<T> v = load(base + (r + k) * block.stride + j, there);
+      for (int part = 0; part < parts; ++part) s[part] += v.v[part];
+    }
+    for (int part = 0; part < parts; ++part) sum.v[index * parts + part] += s[part];
+  });
+}
+
+// The columns of a chunk whose float32 sums are out of range, again, in float64, onto the moments before it.
+template <class T>
+[[gnu::noinline]] void mend_columns(const T* base, const Block& block, bool center, const PanelSums<T>& sum,
+                                    const PanelSums<T>& squares, const PanelMoments<T>& before, PanelMoments<T>& tile) {
+  constexpr int lanes = kLanes<Real<T>>;
+  for (int64_t v = 0; v < kPanelVectors<T>; ++v)
+    for (int lane = 0; lane < lanes; ++lane) {
+      const int64_t column = v / Pack<T>::parts * Pack<T>::width + Pack<T>::order(int(v % Pack<T>::parts), lane);
+      if (column >= block.columns || !out_of_range<T>(sum.v[v][lane], squares.v[v][lane])) continue;
+      const int64_t at = v * kWide<Real<T>> + lane / kLanes<double>, l = lane % kLanes<double>;
+      Moments m{before.n, before.mean[at][l], before.m2[at][l]};
+      m.merge(chunk_moments_wide(base + column, Runs{0, block.stride, block.rows, 1}, center));
+      tile.mean[at][l] = m.mean;
+      tile.m2[at][l] = m.m2;
+    }
+}
+
+// `ahead`: elements to what is read next.
+template <class T>
+[[gnu::noinline]] void add_chunk(const T* x, const Block& block, bool center, int64_t ahead, PanelMoments<T>& tile) {
+  using R = Real<T>;
+  using V = Vector<R>;
+  constexpr int parts = Pack<T>::parts, wide = kWide<R>;
+  const T* base = x + block.offset;
+  const double k = double(block.rows), total = tile.n + k;
+  const bool first = tile.n < k;
+
+  PanelSums<T> pivot, sum, squares;
+  if (center && first) {  // the chunk's own means
+    sum_columns(base, block, pivot);
+    for (V& v : pivot.v) v *= R(1) / R(block.rows);
+  } else if (center) {  // the means so far
+    for (int i = 0; i < kPanelVectors<T>; ++i) pivot.v[i] = narrow(tile.mean + i * wide, V{});
+  }
+  down<T, kSumStep>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
+    V s[parts] = {}, q[parts] = {};
+    const T* p = base + r * block.stride + j;
+#pragma GCC unroll 8
+    for (int k = 0; k < now.value; ++k, p += block.stride) {
+      prefetch(p + ahead);
+      const Lanes<T> v = load(p, there);
       for (int part = 0; part < parts; ++part) {
-        const V d = v.v[part] - hi[index * parts + part];
+        const V d = v.v[part] - pivot.v[index * parts + part];
         s[part] += d;
         q[part] = fma(d, d, q[part]);
       }
     }
     for (int part = 0; part < parts; ++part) {
-      sum[index * parts + part] += s[part];
-      squares[index * parts + part] += q[part];
+      sum.v[index * parts + part] += s[part];
+      squares.v[index * parts + part] += q[part];
     }
   });
 
-  // Chan's merge, all columns with the same counts: two quotients serve the whole chunk.
-  const double n = double(block.rows), total = tile.n + n, share = n / total, weight = tile.n * share;
-  across<T>(block.columns, [&](int64_t j, int64_t index, auto) FN_LAMBDA {
+  MaskOf<R> suspect{};
+  if constexpr (wide == 2)  // out_of_range, for all columns at once
+    for (int i = 0; i < kPanelVectors<T>; ++i) {
+      const V s = sum.v[i], q = squares.v[i];
+      suspect |= ~((q > 1e-28f) & (q < 1e38f)) & ~((s == 0) & (q == 0));
+    }
+  const bool mend = any(suspect);
+  PanelMoments<T> before;
+  if (mend) before = tile;
+
+  // Moments::add, with the same counts for all columns; the first chunk is taken around its own mean.
+  const double one_over_k = 1 / k, one_over_total = 1 / total;
+  across<T>(block.columns, [&](int64_t, int64_t index, auto) FN_LAMBDA {
     for (int part = 0; part < parts; ++part) {
       const int64_t i = index * parts + part;
-      constexpr int wide = kWide<R>;
-      D h[wide], s[wide], q[wide], mean[wide], m2[wide];
-      widen(hi[i], h);
-      widen(sum[i], s);
-      widen(squares[i], q);
-      bool suspect = false;
+      D h[wide], s[wide], q[wide];
+      widen(pivot.v[i], h);
+      widen(sum.v[i], s);
+      widen(squares.v[i], q);
       for (int w = 0; w < wide; ++w) {
-        mean[w] = h[w] + s[w] * (1 / n);
-        m2[w] = q[w] - s[w] * s[w] / n;
-        m2[w] = m2[w] < 0 ? D{} : m2[w];
-        if (!center) mean[w] = D{}, m2[w] = q[w];
-        if constexpr (wide == 2) {
-          const auto fine = ((q[w] > 1e-28) & (q[w] < 1e38)) | ((s[w] == 0) & (q[w] == 0));
-          for (int lane = 0; lane < kLanes<double>; ++lane) suspect |= !fine[lane];
+        D &mean = tile.mean[i * wide + w], &m2 = tile.m2[i * wide + w];
+        if (!center) {
+          m2 += q[w];
+        } else if (first) {
+          const D own = h[w] + s[w] * one_over_k, own_m2 = q[w] - s[w] * s[w] * one_over_k, delta = own - mean;
+          mean += delta * (k * one_over_total);
+          m2 += (own_m2 < 0 ? D{} : own_m2);
+          if (tile.n > 0) m2 += delta * delta * (tile.n * k * one_over_total);
+        } else {
+          const D offset = mean - h[w], t = s[w] - k * offset;
+          mean += t * one_over_total;
+          m2 += (q[w] - (s[w] + t) * offset) - t * t * one_over_total;
         }
-      }
-      if (suspect) column_moments_wide(x, block, j, part, center, mean, m2);
-      for (int w = 0; w < wide; ++w) {
-        const int64_t to = i * wide + w;
-        const D delta = mean[w] - tile.mean[to];
-        tile.mean[to] += delta * share;
-        tile.m2[to] += m2[w] + (weight == 0 ? D{} : delta * delta * weight);
       }
     }
   });
+  if (mend) mend_columns(base, block, center, sum, squares, before, tile);
   tile.n = total;
 }
 
@@ -202,98 +245,92 @@ FN_INLINE void to_columns(const D* vectors, int64_t columns, double* out) {
         if (j < columns) out[j] = vectors[vector][lane % kLanes<double>];
       }
 }
-// Writes `value(c)` of every column's channel in lane order, zero beyond the columns.
-template <class T, class Value>
-FN_INLINE void to_lanes(const ColumnShape<T>& shape, int64_t begin, int64_t end, Vector<Real<T>>* out, Value&& value) {
+// Fills one member of the registers' coefficients, in lane order, with the value of each column's channel; 0 beyond. The
+// columns begin at the channel `turn`.
+template <class T, class Coefficients, class Value>
+FN_INLINE void to_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Coefficients* out,
+                        Vector<Real<T>> Coefficients::*member, Value&& value) {
   for (int64_t index = begin / Pack<T>::width; index * Pack<T>::width < end; ++index)
     for (int part = 0; part < Pack<T>::parts; ++part)
       for (int lane = 0; lane < kLanes<Real<T>>; ++lane) {
         const int64_t j = index * Pack<T>::width + Pack<T>::order(part, lane);
-        out[index * Pack<T>::parts + part][lane] = j < shape.columns ? value(j % shape.groups) : 0;
+        (out[index * Pack<T>::parts + part].*member)[lane] = j < shape.columns ? value((j + turn) % shape.groups) : 0;
       }
 }
 
 template <class V>
-struct ColumnAffine {  // lane order
-  V *hi, *scale, *shift;
+struct ColumnAffine {
+  V hi, scale, shift;
 };
 template <class V>
 struct ColumnGrad {
-  V *rstd, *scale, *slope, *shift;
+  V hi, rstd, scale, slope, shift;  // GradAffine
+  V pre_scale, pre_shift;           // Affine, for the activation's derivative
 };
 
-template <class T>
-FN_INLINE bool can_stream(const T* out, const Block& block) {
-  return (reinterpret_cast<intptr_t>(out + block.offset) | (block.stride * int64_t(sizeof(T)))) % kLine == 0;
-}
-template <class T, class There>
-FN_INLINE void put(T* p, const Lanes<T>& v, There there, bool past) {
-  if constexpr (sizeof(There) == sizeof(Whole))
-    if (past) return stream(p, v);
-  store(p, v, there);
+FN_INLINE void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + kAheadBytes); }
+
+template <bool kStream, class T, class There>
+FN_INLINE void put(T* p, const Lanes<T>& v, There there) {
+  if constexpr (kStream)
+    stream(p, v);
+  else
+    store(p, v, there);
 }
 
-template <class E>
+template <bool kStream, class E>
 [[gnu::noinline]] void apply_block(const E& e, const typename E::Element* x, typename E::Element* y, const Block& block,
-                                   const ColumnAffine<typename E::V>& a, bool streamed) {
+                                   const ColumnAffine<typename E::V>* a) {
   using T = typename E::Element;
-  using V = typename E::V;
   constexpr int parts = Pack<T>::parts;
-  down<T>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
-    V hi[parts], scale[parts], shift[parts];
-    for (int part = 0; part < parts; ++part) {
-      hi[part] = a.hi[index * parts + part];
-      scale[part] = a.scale[index * parts + part];
-      shift[part] = a.shift[index * parts + part];
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < now.value; ++k) {
-      const int64_t i = block.offset + (r + k) * block.stride + j;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t row = block.offset + r * block.stride;
+    across<T>(block.columns, [&](int64_t j, int64_t index, auto there) FN_LAMBDA {
+      const int64_t i = row + j;
+      prefetch_ahead(x + i);
       const Lanes<T> added = e.load_residual(i, there);
       Lanes<T> v = load(x + i, there);
-      for (int part = 0; part < parts; ++part)
-        v.v[part] = e.value(e.pre(v.v[part] - hi[part], scale[part], shift[part], added.v[part]));
-      put(y + i, v, there, streamed);
-    }
-  });
+      for (int part = 0; part < parts; ++part) {
+        const ColumnAffine<typename E::V>& c = a[index * parts + part];
+        v.v[part] = e.value(e.pre(v.v[part] - c.hi, c.scale, c.shift, added.v[part]));
+      }
+      put<kStream>(y + i, v, there);
+    });
+  }
 }
 
 // u and z = (x − hi)·rstd of the packs at element i.
 template <class E, class There>
 FN_INLINE void load_u_z(const E& e, const typename E::Element* dy, const typename E::Element* x,
-                        const ColumnAffine<typename E::V>& a, const ColumnGrad<typename E::V>& g, int64_t i, int64_t index,
-                        There there, Lanes<typename E::Element>& u, Lanes<typename E::Element>& z) {
+                        const ColumnGrad<typename E::V>* g, int64_t i, There there, Lanes<typename E::Element>& u,
+                        Lanes<typename E::Element>& z) {
   using T = typename E::Element;
   constexpr int parts = Pack<T>::parts;
   u = load(dy + i, there);
   z = load(x + i, there);
   const Lanes<T> added = E::kNeedsPre ? e.load_residual(i, there) : Lanes<T>{};
   for (int part = 0; part < parts; ++part) {
-    const int64_t v = index * parts + part;
-    z.v[part] = z.v[part] - a.hi[v];
+    z.v[part] = z.v[part] - g[part].hi;
     if constexpr (E::kNeedsPre)
-      u.v[part] = e.gradient(u.v[part], e.pre(z.v[part], a.scale[v], a.shift[v], added.v[part]));
-    z.v[part] = z.v[part] * g.rstd[v];
+      u.v[part] = e.gradient(u.v[part], e.pre(z.v[part], g[part].pre_scale, g[part].pre_shift, added.v[part]));
+    z.v[part] = z.v[part] * g[part].rstd;
   }
 }
 
 template <class T>
 struct PanelGradSums {
-  using R = Real<T>;
-  D u[kPanelVectors<T> * kWide<R>] = {}, uz[kPanelVectors<T> * kWide<R>] = {};
+  D u[kPanelVectors<T> * kWide<Real<T>>] = {}, uz[kPanelVectors<T> * kWide<Real<T>>] = {};
 };
 
 template <class E>
-[[gnu::noinline]] void chunk_column_grad_sums(const E& e, const typename E::Element* dy, const typename E::Element* x,
-                                              const Block& block, const ColumnAffine<typename E::V>& a,
-                                              const ColumnGrad<typename E::V>& g, int64_t ahead,
-                                              PanelGradSums<typename E::Element>& tile) {
+[[gnu::noinline]] void add_grad_chunk(const E& e, const typename E::Element* dy, const typename E::Element* x,
+                                      const Block& block, const ColumnGrad<typename E::V>* g, int64_t ahead,
+                                      PanelGradSums<typename E::Element>& tile) {
   using T = typename E::Element;
-  using R = Real<T>;
   using V = typename E::V;
-  constexpr int parts = Pack<T>::parts, wide = kWide<R>;
-  V sum[kPanelVectors<T>] = {}, product[kPanelVectors<T>] = {};
-  down<T>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
+  constexpr int parts = Pack<T>::parts, wide = kWide<Real<T>>;
+  PanelSums<T> sum, product;
+  down<T, kSumStep>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
     V s[parts] = {}, q[parts] = {};
 #pragma GCC unroll 8
     for (int k = 0; k < now.value; ++k) {
@@ -301,23 +338,23 @@ template <class E>
       prefetch(x + i + ahead);
       prefetch(dy + i + ahead);
       Lanes<T> u, z;
-      load_u_z(e, dy, x, a, g, i, index, there, u, z);
+      load_u_z(e, dy, x, g + index * parts, i, there, u, z);
       for (int part = 0; part < parts; ++part) {
         s[part] += u.v[part];
         q[part] = fma(u.v[part], z.v[part], q[part]);
       }
     }
     for (int part = 0; part < parts; ++part) {
-      sum[index * parts + part] += s[part];
-      product[index * parts + part] += q[part];
+      sum.v[index * parts + part] += s[part];
+      product.v[index * parts + part] += q[part];
     }
   });
   across<T>(block.columns, [&](int64_t, int64_t index, auto) FN_LAMBDA {
     for (int part = 0; part < parts; ++part) {
       const int64_t i = index * parts + part;
       D s[wide], q[wide];
-      widen(sum[i], s);
-      widen(product[i], q);
+      widen(sum.v[i], s);
+      widen(product.v[i], q);
       for (int w = 0; w < wide; ++w) {
         tile.u[i * wide + w] += s[w];
         tile.uz[i * wide + w] += q[w];
@@ -326,41 +363,82 @@ template <class E>
   });
 }
 
-template <bool kConstant, class E>
+template <bool kConstant, bool kStream, class E>
 [[gnu::noinline]] void grad_block(const E& e, const typename E::Element* dy, const typename E::Element* x,
                                   const GradOut<typename E::Element>& out, const Block& block,
-                                  const ColumnAffine<typename E::V>& a, const ColumnGrad<typename E::V>& g, bool streamed) {
+                                  const ColumnGrad<typename E::V>* g) {
   using T = typename E::Element;
   constexpr int parts = Pack<T>::parts;
-  down<T>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
-#pragma GCC unroll 8
-    for (int k = 0; k < now.value; ++k) {
-      const int64_t i = block.offset + (r + k) * block.stride + j;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t row = block.offset + r * block.stride;
+    across<T>(block.columns, [&](int64_t j, int64_t index, auto there) FN_LAMBDA {
+      const int64_t i = row + j;
+      prefetch_ahead(x + i);
+      prefetch_ahead(dy + i);
       Lanes<T> u, v;
-      load_u_z(e, dy, x, a, g, i, index, there, u, v);
+      load_u_z(e, dy, x, g + index * parts, i, there, u, v);
       for (int part = 0; part < parts; ++part) {
-        const int64_t c = index * parts + part;
+        const ColumnGrad<typename E::V>& c = g[index * parts + part];
         if constexpr (kConstant)
-          v.v[part] = g.scale[c] * u.v[part];
+          v.v[part] = c.scale * u.v[part];
         else
-          v.v[part] = fma(g.scale[c], u.v[part], fma(g.slope[c], v.v[part], g.shift[c]));
+          v.v[part] = fma(c.scale, u.v[part], fma(c.slope, v.v[part], c.shift));
       }
-      put(out.dx + i, v, there, streamed);
-      if (out.dresidual) put(out.dresidual + i, u, there, streamed);
-    }
-  });
+      put<kStream>(out.dx + i, v, there);
+      if (out.dresidual) put<kStream>(out.dresidual + i, u, there);
+    });
+  }
 }
 
-// A block's chunks: call(chunk, elements ahead to the next).
+// What is written, as memory lies: a batch entry is contiguous and its coefficients repeat every `columns` elements, from
+// any element on. So its rows are taken to begin at `head`, the first element that a register can be streamed to; what lies
+// before is done one by one, and the coefficients are turned by as much.
+template <class T>
+struct Writes {
+  const ColumnShape<T>& shape;
+  const T* out;
+  bool streamed;
+  int64_t size, rows_each, tasks_each, tasks;
+
+  Writes(const ColumnShape<T>& s, int64_t batch, const T* out_, bool past) : shape(s), out(out_), streamed(past) {
+    size = s.outer * s.groups;
+    rows_each = kWriteElements / s.columns > 0 ? kWriteElements / s.columns : 1;
+    tasks_each = (size / s.columns + rows_each - 1) / rows_each + 1;  // the last one: what is no whole row
+    tasks = out ? batch * tasks_each : 0;
+  }
+  int64_t head(int64_t b) const {
+    const int64_t n = streamed ? to_alignment(out + b * size) : 0;
+    return n < 0 || n > size ? 0 : n;
+  }
+  bool past(int64_t b) const {
+    return streamed && to_alignment(out + b * size + head(b)) == 0 && shape.columns % Pack<T>::width == 0;
+  }
+  // Backwards: what was read last is still in cache. block(b, Block, streamed?), element(b, index, channel).
+  template <class BlockCall, class ElementCall>
+  FN_INLINE void each(int64_t i, BlockCall&& block, ElementCall&& element) const {
+    const int64_t b = (tasks - 1 - i) / tasks_each, task = (tasks - 1 - i) % tasks_each, start = b * size;
+    const int64_t before = head(b), rows = (size - before) / shape.columns, first = task * rows_each, left = rows - first;
+    if (task < tasks_each - 1) {
+      const int64_t offset = start + before + first * shape.columns;
+      if (left > 0) block(b, Block{offset, left < rows_each ? left : rows_each, shape.columns, shape.columns}, past(b));
+      return;
+    }
+    const int64_t tail = start + before + rows * shape.columns;
+    if (tail < start + size) block(b, Block{tail, 1, start + size - tail, shape.columns}, false);
+    for (int64_t j = 0; j < before; ++j) element(b, start + j, j % shape.groups);
+  }
+};
+
+// A block's chunks: call(chunk, elements ahead to fetch).
 template <class T, class Call>
 FN_INLINE void chunks_of(const Block& block, int64_t chunk_rows, Call&& call) {
   for (int64_t r = 0; r < block.rows; r += chunk_rows) {
     const int64_t rows = block.rows - r < chunk_rows ? block.rows - r : chunk_rows;
-    call(Block{block.offset + r * block.stride, rows, block.columns, block.stride}, chunk_rows * block.stride);
+    call(Block{block.offset + r * block.stride, rows, block.columns, block.stride}, chunk_rows / 4 * block.stride);
   }
 }
 
-// Tasks of both passes: a panel of a tile of a batch entry; and, between the sweeps, the columns to settle: by panel, or
+// Tasks of both passes. Sums: a panel of a tile of a batch entry. Between the sweeps, the columns to settle: by panel, or
 // all at once where the copies of a column lie in different panels.
 template <class T>
 struct ColumnTasks {
@@ -401,67 +479,70 @@ void forward_columns(const E& e, const ForwardPass& pass) {
   const int64_t tiles = shape.all_tiles(), vectors = shape.registers() * Pack<T>::parts;
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
-  const bool streamed = y && f.size() * int64_t(sizeof(T)) >= kStreamBytes;
-  const int64_t parts_needed = pass.takes_statistics() ? f.batch * tiles * shape.columns : 0;
-  Scratch<double> part_mean(parts_needed), part_m2(parts_needed);
-  Scratch<V> coefficients(y ? 3 * f.batch * vectors : 0);
-  const auto lanes_of = [&](int64_t b) {
-    V* first = coefficients.get() + 3 * b * vectors;
-    return ColumnAffine<V>{first, first + vectors, first + 2 * vectors};
+  const Writes<T> writes(shape, f.batch, y, f.size() * int64_t(sizeof(T)) >= kStreamBytes);
+  const int64_t sums = pass.takes_statistics() ? f.batch * tiles * shape.columns : 0;
+  Scratch<double> part_mean(sums), part_m2(sums);
+  Scratch<ColumnAffine<V>> coefficients(y ? f.batch * vectors : 0);
+
+  const auto settle_moments = [&](const typename ColumnTasks<T>::Settle& at) {
+    // Tiles into the first, all columns with the same counts; then the copies of a column; then the rest.
+    double* mean = part_mean.get() + at.b * tiles * shape.columns;
+    double* m2 = part_m2.get() + at.b * tiles * shape.columns;
+    double n = double(shape.tile_height(0));
+    for (int64_t tile = 1; tile < shape.tiles; ++tile) {
+      const double more = double(shape.tile_height(tile)), share = more / (n + more), weight = n * share;
+      for (int64_t j = at.begin; j < at.end; ++j) {
+        const double delta = mean[tile * shape.columns + j] - mean[j];
+        mean[j] += delta * share;
+        m2[j] += m2[tile * shape.columns + j] + delta * delta * weight;
+      }
+      n += more;
+    }
+    for (int64_t c = at.begin; c < at.end && c < f.groups; ++c) {
+      Moments m;
+      for (int64_t j = c; j < at.end; j += f.groups) m.merge({n, mean[j], m2[j]});
+      const int64_t last = shape.tiles * shape.columns + c;
+      if (shape.rest) m.merge({double(shape.rest), mean[last], m2[last]});
+      pass.found[at.b * f.groups + c] = m;
+    }
+  };
+  const auto settle_affine = [&](const typename ColumnTasks<T>::Settle& at) {
+    ColumnAffine<V>* a = coefficients.get() + at.b * vectors;
+    const int64_t turn = writes.head(at.b);
+    const auto value = [&](int64_t c) { return pass.affine<R>(at.b * f.groups + c, c); };
+    to_lanes(shape, turn, at.begin, at.end, a, &ColumnAffine<V>::hi, [&](int64_t c) { return value(c).hi; });
+    to_lanes(shape, turn, at.begin, at.end, a, &ColumnAffine<V>::scale, [&](int64_t c) { return value(c).scale; });
+    to_lanes(shape, turn, at.begin, at.end, a, &ColumnAffine<V>::shift, [&](int64_t c) { return value(c).shift; });
+  };
+  const auto write_block = [&](int64_t b, const Block& block, bool past) {
+    const ColumnAffine<V>* a = coefficients.get() + b * vectors;
+    past ? apply_block<true>(e, x, y, block, a) : apply_block<false>(e, x, y, block, a);
+  };
+  const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
+    const Affine<R> one = pass.affine<R>(b * f.groups + c, c);
+    ColumnAffine<V> a[Pack<T>::parts];
+    for (auto& part : a) part = {V{} + one.hi, V{} + one.scale, V{} + one.shift};
+    apply_block<false>(e, x, y, Block{i, 1, 1, 1}, a);
   };
 
   parallel(threads_for(f.size(), tasks.blocks), [&](const Team& team) {
-    if (pass.takes_statistics())
+    if (pass.takes_statistics()) {
       team.each(tasks.blocks, [&](int64_t i) {
         const auto at = tasks.at(i);
         if (at.block.columns == 0) return;
         PanelMoments<T> m;
-        chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
-          chunk_column_moments(x, chunk, pass.center, ahead, m);
-        });
+        chunks_of<T>(at.block, shape.chunk_rows,
+                     [&](const Block& chunk, int64_t ahead) { add_chunk(x, chunk, pass.center, ahead, m); });
         const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
         to_columns<T>(m.mean, at.block.columns, part_mean.get() + to);
         to_columns<T>(m.m2, at.block.columns, part_m2.get() + to);
       });
-    team.each(tasks.settles, [&](int64_t i) {
-      const auto at = tasks.settle(i);
-      if (pass.takes_statistics()) {
-        // Tiles into the first, all columns with the same counts; then the copies of a column; then the rest.
-        double* mean = part_mean.get() + at.b * tiles * shape.columns;
-        double* m2 = part_m2.get() + at.b * tiles * shape.columns;
-        double n = double(shape.tile_height(0));
-        for (int64_t tile = 1; tile < shape.tiles; ++tile) {
-          const double more = double(shape.tile_height(tile)), share = more / (n + more), weight = n * share;
-          for (int64_t j = at.begin; j < at.end; ++j) {
-            const double delta = mean[tile * shape.columns + j] - mean[j];
-            mean[j] += delta * share;
-            m2[j] += m2[tile * shape.columns + j] + delta * delta * weight;
-          }
-          n += more;
-        }
-        for (int64_t c = at.begin; c < at.end && c < f.groups; ++c) {
-          Moments m;
-          for (int64_t j = c; j < at.end; j += f.groups) m.merge({n, mean[j], m2[j]});
-          const int64_t last = shape.tiles * shape.columns + c;
-          if (shape.rest) m.merge({double(shape.rest), mean[last], m2[last]});
-          pass.found[at.b * f.groups + c] = m;
-        }
-      }
-      if (!y) return;
-      const ColumnAffine<V> lanes = lanes_of(at.b);
-      const auto value = [&](int64_t c) { return pass.affine<R>(at.b * f.groups + c, c); };
-      to_lanes(shape, at.begin, at.end, lanes.hi, [&](int64_t c) { return value(c).hi; });
-      to_lanes(shape, at.begin, at.end, lanes.scale, [&](int64_t c) { return value(c).scale; });
-      to_lanes(shape, at.begin, at.end, lanes.shift, [&](int64_t c) { return value(c).shift; });
-    });
-    if (y)
-      team.each(tasks.blocks, [&](int64_t i) {
-        const auto at = tasks.at(tasks.blocks - 1 - i);  // backwards: what was read last is still in cache
-        const ColumnAffine<V> all = lanes_of(at.b);
-        const int64_t from = at.panel * kPanelVectors<T>;
-        apply_block(e, x, y, at.block, ColumnAffine<V>{all.hi + from, all.scale + from, all.shift + from},
-                    streamed && can_stream(y, at.block));
-      });
+      team.each(tasks.settles, [&](int64_t i) { settle_moments(tasks.settle(i)); });
+    }
+    if (y) {
+      team.each(tasks.settles, [&](int64_t i) { settle_affine(tasks.settle(i)); });
+      team.each(writes.tasks, [&](int64_t i) { writes.each(i, write_block, write_element); });
+    }
     stream_fence();
   });
 }
@@ -477,87 +558,90 @@ void backward_columns(const E& e, const BackwardPass& pass) {
   const int64_t tiles = shape.all_tiles(), vectors = shape.registers() * Pack<T>::parts;
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
-  const bool streamed = out.dx && f.size() * int64_t(sizeof(T)) >= kStreamBytes;
-  const int64_t parts_needed = pass.found ? f.batch * tiles * shape.columns : 0;
-  Scratch<double> part_u(parts_needed), part_uz(parts_needed);
-  Scratch<V> coefficients(7 * f.batch * vectors);
-  const auto lanes_of = [&](int64_t b, int64_t from) {
-    V* v = coefficients.get() + 7 * b * vectors + from;
-    return ColumnAffine<V>{v, v + vectors, v + 2 * vectors};
-  };
-  const auto grad_lanes_of = [&](int64_t b, int64_t from) {
-    V* v = coefficients.get() + (7 * b + 3) * vectors + from;
-    return ColumnGrad<V>{v, v + vectors, v + 2 * vectors, v + 3 * vectors};
-  };
-  const auto write = [&](const typename ColumnTasks<T>::At& at, const Block& block) {
-    const int64_t from = at.panel * kPanelVectors<T>;
-    const bool past = streamed && can_stream(out.dx, block) && (!out.dresidual || can_stream(out.dresidual, block));
-    if (pass.constant)
-      grad_block<true>(e, dy, x, out, block, lanes_of(at.b, from), grad_lanes_of(at.b, from), past);
-    else
-      grad_block<false>(e, dy, x, out, block, lanes_of(at.b, from), grad_lanes_of(at.b, from), past);
-  };
+  // Both outputs are streamed only where they are aligned alike.
+  const bool alike = !out.dresidual || to_alignment(out.dx) == to_alignment(out.dresidual);
   // Coefficients that do not wait for the sums: dx follows while the chunk is in cache.
   const bool known = pass.constant || pass.cx || pass.c0, at_once = pass.found && out.dx && known;
+  const Writes<T> writes(shape, f.batch, out.dx, alike && !at_once && f.size() * int64_t(sizeof(T)) >= kStreamBytes);
+  const int64_t sums = pass.found ? f.batch * tiles * shape.columns : 0;
+  Scratch<double> part_u(sums), part_uz(sums);
+  Scratch<ColumnGrad<V>> sum_coefficients(pass.found ? f.batch * vectors : 0), coefficients(out.dx ? f.batch * vectors : 0);
+
+  // What the sums need, and with `all` what dx needs besides.
+  const auto settle = [&](ColumnGrad<V>* g, const typename ColumnTasks<T>::Settle& at, int64_t turn, bool all) {
+    const auto fill = [&](V ColumnGrad<V>::*member, auto&& value) {
+      to_lanes(shape, turn, at.begin, at.end, g + at.b * vectors, member,
+               [&](int64_t c) { return R(value(at.b * f.groups + c, c)); });
+    };
+    fill(&ColumnGrad<V>::hi, [&](int64_t s, int64_t c) { return pass.affine<R>(s, c).hi; });
+    fill(&ColumnGrad<V>::rstd, [&](int64_t s, int64_t) { return pass.rstd[s]; });
+    fill(&ColumnGrad<V>::pre_scale, [&](int64_t s, int64_t c) { return pass.affine<R>(s, c).scale; });
+    fill(&ColumnGrad<V>::pre_shift, [&](int64_t s, int64_t c) { return pass.affine<R>(s, c).shift; });
+    if (!all) return;
+    fill(&ColumnGrad<V>::scale, [&](int64_t s, int64_t c) { return pass.grad_affine<R>(s, c).scale; });
+    fill(&ColumnGrad<V>::slope, [&](int64_t s, int64_t c) { return pass.grad_affine<R>(s, c).slope; });
+    fill(&ColumnGrad<V>::shift, [&](int64_t s, int64_t c) { return pass.grad_affine<R>(s, c).shift; });
+  };
+  const auto settle_sums = [&](const typename ColumnTasks<T>::Settle& at) {
+    double* u = part_u.get() + at.b * tiles * shape.columns;
+    double* uz = part_uz.get() + at.b * tiles * shape.columns;
+    for (int64_t tile = 1; tile < shape.tiles; ++tile)
+      for (int64_t j = at.begin; j < at.end; ++j) {
+        u[j] += u[tile * shape.columns + j];
+        uz[j] += uz[tile * shape.columns + j];
+      }
+    for (int64_t c = at.begin; c < at.end && c < f.groups; ++c) {
+      GradSums sum;
+      for (int64_t j = c; j < at.end; j += f.groups) sum.merge({u[j], uz[j]});
+      const int64_t last = shape.tiles * shape.columns + c;
+      if (shape.rest) sum.merge({u[last], uz[last]});
+      pass.found[at.b * f.groups + c] = sum;
+    }
+  };
+  const auto write = [&](const Block& block, const ColumnGrad<V>* g, bool past) {
+    if (pass.constant)
+      past ? grad_block<true, true>(e, dy, x, out, block, g) : grad_block<true, false>(e, dy, x, out, block, g);
+    else
+      past ? grad_block<false, true>(e, dy, x, out, block, g) : grad_block<false, false>(e, dy, x, out, block, g);
+  };
+  const auto write_block = [&](int64_t b, const Block& block, bool past) {
+    write(block, coefficients.get() + b * vectors, past);
+  };
+  const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
+    const Affine<R> a = pass.affine<R>(b * f.groups + c, c);
+    const GradAffine<R> one = pass.grad_affine<R>(b * f.groups + c, c);
+    ColumnGrad<V> g[Pack<T>::parts];
+    for (auto& part : g)
+      part = {V{} + one.hi,    V{} + one.rstd, V{} + one.scale, V{} + one.slope,
+              V{} + one.shift, V{} + a.scale,  V{} + a.shift};
+    write(Block{i, 1, 1, 1}, g, false);
+  };
 
   parallel(threads_for(f.size(), tasks.blocks), [&](const Team& team) {
-    team.each(tasks.settles, [&](int64_t i) {
-      const auto at = tasks.settle(i);
-      const int64_t s = at.b * f.groups;
-      const ColumnAffine<V> a = lanes_of(at.b, 0);
-      const ColumnGrad<V> g = grad_lanes_of(at.b, 0);
-      to_lanes(shape, at.begin, at.end, a.hi, [&](int64_t c) { return pass.affine<R>(s + c, c).hi; });
-      to_lanes(shape, at.begin, at.end, a.scale, [&](int64_t c) { return pass.affine<R>(s + c, c).scale; });
-      to_lanes(shape, at.begin, at.end, a.shift, [&](int64_t c) { return pass.affine<R>(s + c, c).shift; });
-      to_lanes(shape, at.begin, at.end, g.rstd, [&](int64_t c) { return R(pass.rstd[s + c]); });
-      if (!known) return;
-      to_lanes(shape, at.begin, at.end, g.scale, [&](int64_t c) { return pass.grad_affine<R>(s + c, c).scale; });
-      to_lanes(shape, at.begin, at.end, g.slope, [&](int64_t c) { return pass.grad_affine<R>(s + c, c).slope; });
-      to_lanes(shape, at.begin, at.end, g.shift, [&](int64_t c) { return pass.grad_affine<R>(s + c, c).shift; });
-    });
     if (pass.found) {
+      team.each(tasks.settles, [&](int64_t i) { settle(sum_coefficients.get(), tasks.settle(i), 0, at_once); });
       team.each(tasks.blocks, [&](int64_t i) {
         const auto at = tasks.at(i);
         if (at.block.columns == 0) return;
-        const int64_t from = at.panel * kPanelVectors<T>;
-        PanelGradSums<T> sums;
+        const ColumnGrad<V>* g = sum_coefficients.get() + at.b * vectors + at.panel * kPanelVectors<T>;
+        PanelGradSums<T> panel;
         chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
-          chunk_column_grad_sums(e, dy, x, chunk, lanes_of(at.b, from), grad_lanes_of(at.b, from), ahead, sums);
-          if (at_once) write(at, chunk);
+          add_grad_chunk(e, dy, x, chunk, g, ahead, panel);
+          if (at_once) write(chunk, g, false);
         });
         const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
-        to_columns<T>(sums.u, at.block.columns, part_u.get() + to);
-        to_columns<T>(sums.uz, at.block.columns, part_uz.get() + to);
+        to_columns<T>(panel.u, at.block.columns, part_u.get() + to);
+        to_columns<T>(panel.uz, at.block.columns, part_uz.get() + to);
       });
+      team.each(tasks.settles, [&](int64_t i) { settle_sums(tasks.settle(i)); });
+    }
+    if (out.dx && !at_once) {
       team.each(tasks.settles, [&](int64_t i) {
         const auto at = tasks.settle(i);
-        const int64_t s = at.b * f.groups;
-        double* u = part_u.get() + at.b * tiles * shape.columns;
-        double* uz = part_uz.get() + at.b * tiles * shape.columns;
-        for (int64_t tile = 1; tile < shape.tiles; ++tile)
-          for (int64_t j = at.begin; j < at.end; ++j) {
-            u[j] += u[tile * shape.columns + j];
-            uz[j] += uz[tile * shape.columns + j];
-          }
-        for (int64_t c = at.begin; c < at.end && c < f.groups; ++c) {
-          GradSums sum;
-          for (int64_t j = c; j < at.end; j += f.groups) sum.merge({u[j], uz[j]});
-          const int64_t last = shape.tiles * shape.columns + c;
-          if (shape.rest) sum.merge({u[last], uz[last]});
-          pass.found[s + c] = sum;
-        }
-        if (known || !out.dx) return;
-        const ColumnGrad<V> g = grad_lanes_of(at.b, 0);
-        to_lanes(shape, at.begin, at.end, g.scale, [&](int64_t c) { return pass.grad_affine<R>(s + c, c).scale; });
-        to_lanes(shape, at.begin, at.end, g.slope, [&](int64_t c) { return pass.grad_affine<R>(s + c, c).slope; });
-        to_lanes(shape, at.begin, at.end, g.shift, [&](int64_t c) { return pass.grad_affine<R>(s + c, c).shift; });
+        settle(coefficients.get(), at, writes.head(at.b), true);
       });
+      team.each(writes.tasks, [&](int64_t i) { writes.each(i, write_block, write_element); });
     }
-    if (out.dx && !at_once)
-      team.each(tasks.blocks, [&](int64_t i) {
-        const auto at = tasks.at(tasks.blocks - 1 - i);
-        write(at, at.block);
-      });
     stream_fence();
   });
 }

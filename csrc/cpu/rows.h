@@ -1,7 +1,7 @@
 // Rows: memory in which each run of `inner` elements has one statistic and one channel (channels first).
 //
 // A slab is what one statistic is taken over: `outer` runs. It is cut, by its shape alone, into chunks of about 1,024
-// elements (two passes over L1) and tiles of 32 chunks (the unit of work when a slab is shared among threads). The tree of
+// elements (float32 sums) and tiles of 32 chunks (the unit of work when a slab is shared among threads). The tree of
 // merges follows that cut, not the threads, so the bits do too.
 //
 // Fused: a thread takes a whole slab, and the second sweep finds x in cache; memory is read once. Where there are too few
@@ -15,9 +15,11 @@ namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1024, kTile = 32;
-// Shorter runs than this many bytes are put together in L1 before they are streamed; partial lines written straight past
-// the caches cost 10 times a full one.
-constexpr int64_t kStageBelow = 3072, kStageBytes = 8192;
+// Results of shorter runs than kStageBelow bytes are put together in L1, from neighbouring slabs, and leave it as whole
+// lines: written run by run, each in another page, they cost up to 4 times as much, and past the caches 10 times. Tensors
+// below kStageFrom bytes lie in L2 anyway.
+constexpr int64_t kStageBelow = 3072, kStageBytes = 8192, kStageFrom = 1 << 20;
+constexpr int64_t kAheadBytes = 4096;  // that a sweep of writes fetches ahead
 constexpr int64_t kMaxBlock = 32;  // slabs a thread takes at once, neighbours in memory
 
 struct Runs {
@@ -47,20 +49,19 @@ class RowTree {
     return {run * stride_ + start, 0, 1, left < length_ ? left : length_};
   }
 
-  // The tile's elements as contiguous segments: call(offset, length).
+  // The tile's elements in runs as long as they get.
   template <class Call>
   FN_INLINE void segments(int64_t tile, Call&& call) const {
-    for (int64_t c = chunk_begin(tile), end = chunk_end(tile); c < end;) {
-      const Runs r = chunk(c);
-      if (pieces_ == 1) {
-        for (int64_t k = 0; k < r.count; ++k) call(r.offset + k * stride_, inner_);
-        ++c;
-      } else {
-        const int64_t piece = c % pieces_, take = pieces_ - piece < end - c ? pieces_ - piece : end - c;
-        const int64_t left = inner_ - piece * length_;
-        call(r.offset, take * length_ < left ? take * length_ : left);
-        c += take;
-      }
+    const int64_t begin = chunk_begin(tile), end = chunk_end(tile);
+    if (pieces_ == 1) {
+      const int64_t first = begin * runs_, last = end * runs_ < outer_ ? end * runs_ : outer_;
+      return call(Runs{first * stride_, stride_, last - first, inner_});
+    }
+    for (int64_t c = begin; c < end;) {
+      const int64_t piece = c % pieces_, take = pieces_ - piece < end - c ? pieces_ - piece : end - c;
+      const int64_t left = inner_ - piece * length_;
+      call(Runs{chunk(c).offset, 0, 1, take * length_ < left ? take * length_ : left});
+      c += take;
     }
   }
 
@@ -78,8 +79,11 @@ FN_INLINE void sweep(const Runs& r, Step&& step) {
     for (; i + kSlots * width <= end; i += kSlots * width)
 #pragma GCC unroll 4
       for (int slot = 0; slot < kSlots; ++slot) step(i + slot * width, slot, Whole{});
-    for (; i + width <= end; i += width) step(i, 0, Whole{});
-    if (i < end) step(i, kSlots - 1, Part{int(end - i)});
+    const int64_t left = end - i;
+#pragma GCC unroll 4
+    for (int slot = 0; slot < kSlots - 1; ++slot)
+      if (left >= (slot + 1) * width) step(i + slot * width, slot, Whole{});
+    if (left % width) step(end - left % width, kSlots - 1, Part{int(left % width)});
   }
 }
 
@@ -113,19 +117,16 @@ template <class T>
   return {n, mean, m2};
 }
 
-// `ahead`: distance in elements to the chunk that is read next, fetched while this one is.
+// Σ(x − hi) and Σ(x − hi)² over the runs. `ahead`: distance in elements to the chunk that is read next, fetched while this
+// one is.
+struct Deviations {
+  double sum, squares;
+};
 template <class T>
-[[gnu::noinline]] Moments chunk_moments(const T* x, const Runs& r, bool center, int64_t ahead) {
-  using R = Real<T>;
-  const double n = double(r.count * r.length);
-  Accumulators<T> first, sum, squares;
+[[gnu::noinline]] Deviations deviations(const T* x, const Runs& r, Real<T> hi, int64_t ahead) {
+  Accumulators<T> sum, squares;
   sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
     prefetch(x + i + ahead);
-    const Lanes<T> v = load(x + i, there);
-    for (int p = 0; p < Pack<T>::parts; ++p) first.v[slot][p] += v.v[p];
-  });
-  const R hi = center ? R(first.sum() / n) : R(0);
-  sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
     const Lanes<T> v = load(x + i, there);
     for (int p = 0; p < Pack<T>::parts; ++p) {
       const auto d = live<T>(v.v[p] - hi, p, there);
@@ -133,11 +134,32 @@ template <class T>
       squares.v[slot][p] = fma(d, d, squares.v[slot][p]);
     }
   });
-  const double s = sum.sum(), q = squares.sum();
-  if (out_of_range<T>(s, q)) return chunk_moments_wide(x, r, center);
-  if (!center) return {n, 0, q};
-  const double m2 = q - s * s / n;
-  return {n, double(hi) + s / n, m2 < 0 ? 0 : m2};
+  return {sum.sum(), squares.sum()};
+}
+
+// Takes a chunk into the moments of those before it in its tile. The first needs a sweep of its own for the mean.
+template <class T>
+FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, Moments& m) {
+  using R = Real<T>;
+  const double k = double(r.count * r.length);
+  if (center && m.n < k) {
+    Accumulators<T> first;
+    sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
+      const Lanes<T> v = load(x + i, there);
+      for (int p = 0; p < Pack<T>::parts; ++p) first.v[slot][p] += v.v[p];
+    });
+    const R hi = R(first.sum() / k);
+    const Deviations d = deviations(x, r, hi, ahead);
+    if (out_of_range<T>(d.sum, d.squares)) return m.merge(chunk_moments_wide(x, r, center));
+    const double m2 = d.squares - d.sum * d.sum / k;
+    return m.merge({k, double(hi) + d.sum / k, m2 < 0 ? 0 : m2});
+  }
+  const R hi = R(m.mean);
+  const Deviations d = deviations(x, r, hi, ahead);
+  if (out_of_range<T>(d.sum, d.squares)) return m.merge(chunk_moments_wide(x, r, center));
+  if (center) return m.add(k, double(hi), d.sum, d.squares);
+  m.n += k;
+  m.m2 += d.squares;
 }
 
 // One element's u = dy·act'(pre), as the sums and as dx need it.
@@ -197,20 +219,25 @@ FN_INLINE void sweep_out(const T* out, int64_t n, bool streamed, Step&& step) {
 }
 
 template <class E>
-[[gnu::noinline]] void apply_segment(const E& e, const typename E::Element* x, typename E::Element* y, int64_t n,
-                                     const Affine<Real<typename E::Element>>& a, bool streamed) {
+[[gnu::noinline]] void apply_runs(const E& e, const typename E::Element* x, typename E::Element* y, const Runs& runs,
+                                  const Affine<Real<typename E::Element>>& a, bool streamed, int64_t ahead) {
   using T = typename E::Element;
   using V = typename E::V;
   const V hi = V{} + a.hi, scale = V{} + a.scale, shift = V{} + a.shift;
-  sweep_out(y, n, streamed, [&](int64_t i, auto there, bool past) FN_LAMBDA {
-    const Lanes<T> added = e.load_residual(i, there);
-    Lanes<T> v = load(x + i, there);
-    for (int p = 0; p < Pack<T>::parts; ++p) v.v[p] = e.value(e.pre(v.v[p] - hi, scale, shift, added.v[p]));
-    if (past)
-      stream(y + i, v);
-    else
-      store(y + i, v, there);
-  });
+  for (int64_t k = 0; k < runs.count; ++k) {
+    const int64_t at = runs.offset + k * runs.stride;
+    sweep_out(y + at, runs.length, streamed, [&](int64_t j, auto there, bool past) FN_LAMBDA {
+      const int64_t i = at + j;
+      prefetch(x + i + ahead);
+      const Lanes<T> added = e.load_residual(i, there);
+      Lanes<T> v = load(x + i, there);
+      for (int p = 0; p < Pack<T>::parts; ++p) v.v[p] = e.value(e.pre(v.v[p] - hi, scale, shift, added.v[p]));
+      if (past)
+        stream(y + i, v);
+      else
+        store(y + i, v, there);
+    });
+  }
 }
 
 template <class T>
@@ -221,33 +248,39 @@ struct GradOut {
 };
 
 template <bool kConstant, class E>
-[[gnu::noinline]] void grad_segment(const E& e, const typename E::Element* dy, const typename E::Element* x,
-                                    GradOut<typename E::Element> out, int64_t n,
-                                    const Affine<Real<typename E::Element>>& a,
-                                    const GradAffine<Real<typename E::Element>>& g, bool streamed) {
+[[gnu::noinline]] void grad_runs(const E& e, const typename E::Element* dy, const typename E::Element* x,
+                                 const GradOut<typename E::Element>& out, const Runs& runs,
+                                 const Affine<Real<typename E::Element>>& a,
+                                 const GradAffine<Real<typename E::Element>>& g, bool streamed, int64_t ahead) {
   using T = typename E::Element;
   using V = typename E::V;
   const V hi = V{} + g.hi, rstd = V{} + g.rstd, scale = V{} + g.scale, slope = V{} + g.slope, shift = V{} + g.shift;
   // Both outputs are streamed only where they are aligned alike.
-  const bool alike = !out.dresidual || to_alignment(out.dx) == to_alignment(out.dresidual);
-  sweep_out(out.dx, n, streamed && alike, [&](int64_t i, auto there, bool past) FN_LAMBDA {
-    Lanes<T> v{};
-    if constexpr (!kConstant || E::kNeedsPre) v = load(x + i, there);
-    const Lanes<T> u = load_u(e, dy, v, a, i, there);
-    for (int p = 0; p < Pack<T>::parts; ++p) {
-      if constexpr (kConstant)
-        v.v[p] = scale * u.v[p];
-      else
-        v.v[p] = fma(scale, u.v[p], fma(slope, (v.v[p] - hi) * rstd, shift));
-    }
-    if (past) {
-      stream(out.dx + i, v);
-      if (out.dresidual) stream(out.dresidual + i, u);
-    } else {
-      store(out.dx + i, v, there);
-      if (out.dresidual) store(out.dresidual + i, u, there);
-    }
-  });
+  const bool past_both = streamed && (!out.dresidual || to_alignment(out.dx) == to_alignment(out.dresidual));
+  for (int64_t k = 0; k < runs.count; ++k) {
+    const int64_t at = runs.offset + k * runs.stride;
+    sweep_out(out.dx + at, runs.length, past_both, [&](int64_t j, auto there, bool past) FN_LAMBDA {
+      const int64_t i = at + j;
+      prefetch(x + i + ahead);
+      prefetch(dy + i + ahead);
+      Lanes<T> v{};
+      if constexpr (!kConstant || E::kNeedsPre) v = load(x + i, there);
+      const Lanes<T> u = load_u(e, dy, v, a, i, there);
+      for (int p = 0; p < Pack<T>::parts; ++p) {
+        if constexpr (kConstant)
+          v.v[p] = scale * u.v[p];
+        else
+          v.v[p] = fma(scale, u.v[p], fma(slope, (v.v[p] - hi) * rstd, shift));
+      }
+      if (past) {
+        stream(out.dx + i, v);
+        if (out.dresidual) stream(out.dresidual + i, u);
+      } else {
+        store(out.dx + i, v, there);
+        if (out.dresidual) store(out.dresidual + i, u, there);
+      }
+    });
+  }
 }
 
 // How the slabs are handed to threads.
@@ -259,7 +292,7 @@ struct RowPlan {
   RowPlan(const Fold& f, int64_t item, bool stores) {
     const int64_t run = f.inner * item, slabs = f.statistics();
     streamed = stores && f.size() * item >= kStreamBytes;
-    staged = streamed && run < kStageBelow;
+    staged = stores && run < kStageBelow && f.size() * item >= kStageFrom;
     block = 1;
     if (staged) {
       block = kStageBytes / run;
@@ -270,8 +303,10 @@ struct RowPlan {
     const int available = threads_for(f.size(), INT64_MAX);
     const int64_t rounds = (blocks + available - 1) / available;
     fused = blocks >= 4 * available || blocks * 10 >= rounds * available * 9 || slabs == 0;
-    if (!fused && staged) streamed = staged = false;
-    if (!fused) block = 1;
+    if (!fused) {
+      if (staged) streamed = staged = false;
+      block = 1;
+    }
     threads = fused ? threads_for(f.size(), blocks) : available;
   }
 };
@@ -292,7 +327,7 @@ struct RowBlock {
   static FN_INLINE int64_t blocks(const Fold& f, int64_t block) { return f.batch * ((f.groups + block - 1) / block); }
 };
 
-// Sums over all tiles of a block, merged tile by tile as the split path merges them. chunk(k, runs, ahead) → Sum.
+// Sums over all tiles of a block, merged tile by tile as the split path merges them. chunk(k, runs, ahead, Sum&) adds one.
 template <class Sum, class Chunk>
 FN_INLINE void sum_block(const RowTree& tree, int64_t count, Sum* total, Chunk&& chunk) {
   Sum part[kMaxBlock];
@@ -302,7 +337,7 @@ FN_INLINE void sum_block(const RowTree& tree, int64_t count, Sum* total, Chunk&&
     for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
       const Runs r = tree.chunk(c);
       const int64_t ahead = tree.chunk(c + 1).offset - r.offset;
-      for (int64_t k = 0; k < count; ++k) part[k].merge(chunk(k, r, ahead));
+      for (int64_t k = 0; k < count; ++k) chunk(k, r, ahead, part[k]);
     }
     for (int64_t k = 0; k < count; ++k) total[k].merge(part[k]);
   }
@@ -312,7 +347,7 @@ FN_INLINE Sum sum_tile(const RowTree& tree, int64_t tile, Chunk&& chunk) {
   Sum sum;
   for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
     const Runs r = tree.chunk(c);
-    sum.merge(chunk(r, tree.chunk(c + 1).offset - r.offset));
+    chunk(r, tree.chunk(c + 1).offset - r.offset, sum);
   }
   return sum;
 }
@@ -329,7 +364,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   using R = Real<T>;
   const Fold& f = pass.fold;
   const RowTree tree(f);
-  const int64_t slabs = f.statistics(), tiles = tree.tiles();
+  const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
   const RowPlan plan(f, sizeof(T), bool(pass.y));
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
@@ -337,22 +372,19 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   const auto apply_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
     const Affine<R> a = pass.affine<R>(s, s % f.groups);
-    tree.segments(tile, [&](int64_t offset, int64_t length) {
-      const int64_t i = slab + offset;
-      apply_segment(e.at(i), x + i, y + i, length, a, plan.streamed);
-    });
+    tree.segments(tile, [&](const Runs& r) { apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T))); });
   };
   const auto apply_staged = [&](const RowBlock& block) {
     alignas(kLine) T stage[kStageBytes / sizeof(T)];
     Affine<R> a[kMaxBlock];
     for (int64_t k = 0; k < block.count; ++k) a[k] = pass.affine<R>(block.first + k, (block.first + k) % f.groups);
     for (int64_t o = f.outer; o-- > 0;) {
-      const int64_t start = block.offset + o * f.groups * f.inner;
+      const int64_t start = block.offset + o * row;
       for (int64_t k = 0; k < block.count; ++k) {
         const int64_t i = k * f.inner;
-        apply_segment(e.at(start + i), x + start + i, stage + i, f.inner, a[k], false);
+        apply_runs(e.at(start + i), x + start + i, stage + i, Runs{0, 0, 1, f.inner}, a[k], false, -row);
       }
-      stream_elements(y + start, stage, block.count * f.inner);
+      put_elements(y + start, stage, block.count * f.inner, plan.streamed);
     }
   };
 
@@ -361,8 +393,8 @@ void forward_rows(const E& e, const ForwardPass& pass) {
       team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
         const RowBlock block(f, plan.block, i);
         if (pass.takes_statistics())
-          sum_block(tree, block.count, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead) {
-            return chunk_moments(x + block.offset + k * f.inner, r, pass.center, ahead);
+          sum_block(tree, block.count, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
+            add_chunk(x + block.offset + k * f.inner, r, pass.center, ahead, m);
           });
         if (y && plan.staged) apply_staged(block);
         if (y && !plan.staged)  // backwards: what was read last is still in cache
@@ -377,8 +409,8 @@ void forward_rows(const E& e, const ForwardPass& pass) {
     if (pass.takes_statistics()) {
       team.each(slabs * tiles, [&](int64_t i) {
         const int64_t slab = RowBlock::slab_offset(f, i / tiles);
-        part[i] = sum_tile<Moments>(tree, i % tiles, [&](const Runs& r, int64_t ahead) {
-          return chunk_moments(x + slab, r, pass.center, ahead);
+        part[i] = sum_tile<Moments>(tree, i % tiles, [&](const Runs& r, int64_t ahead, Moments& m) {
+          add_chunk(x + slab, r, pass.center, ahead, m);
         });
       });
       team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
@@ -398,7 +430,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   using R = Real<T>;
   const Fold& f = pass.fold;
   const RowTree tree(f);
-  const int64_t slabs = f.statistics(), tiles = tree.tiles();
+  const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
   const RowPlan plan(f, sizeof(T), bool(pass.dx));
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
@@ -406,30 +438,37 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const auto sums = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead) {
     return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups), R(pass.rstd[s]), ahead);
   };
-  const auto write = [&](int64_t s, int64_t from, const GradOut<T>& to, int64_t n, bool streamed) {
-    const Affine<R> a = pass.affine<R>(s, s % f.groups);
-    const GradAffine<R> g = pass.grad_affine<R>(s, s % f.groups);
+  const auto write = [&](int64_t from, const GradOut<T>& to, const Runs& r, const Affine<R>& a,
+                         const GradAffine<R>& g, int64_t ahead) {
+    const bool past = plan.streamed && !plan.staged;
     if (pass.constant)
-      grad_segment<true>(e.at(from), dy + from, x + from, to, n, a, g, streamed);
+      grad_runs<true>(e.at(from), dy + from, x + from, to, r, a, g, past, ahead);
     else
-      grad_segment<false>(e.at(from), dy + from, x + from, to, n, a, g, streamed);
+      grad_runs<false>(e.at(from), dy + from, x + from, to, r, a, g, past, ahead);
   };
   const auto write_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
-    tree.segments(tile, [&](int64_t offset, int64_t length) {
-      write(s, slab + offset, out.at(slab + offset), length, plan.streamed);
-    });
+    const Affine<R> a = pass.affine<R>(s, s % f.groups);
+    const GradAffine<R> g = pass.grad_affine<R>(s, s % f.groups);
+    tree.segments(tile, [&](const Runs& r) { write(slab, out.at(slab), r, a, g, kAheadBytes / int64_t(sizeof(T))); });
   };
   const auto write_staged = [&](const RowBlock& block) {
     alignas(kLine) T stage[kStageBytes / sizeof(T)], residual_stage[kStageBytes / sizeof(T)];
+    Affine<R> a[kMaxBlock];
+    GradAffine<R> g[kMaxBlock];
+    for (int64_t k = 0; k < block.count; ++k) {
+      const int64_t s = block.first + k;
+      a[k] = pass.affine<R>(s, s % f.groups);
+      g[k] = pass.grad_affine<R>(s, s % f.groups);
+    }
     for (int64_t o = f.outer; o-- > 0;) {
-      const int64_t start = block.offset + o * f.groups * f.inner;
+      const int64_t start = block.offset + o * row;
       for (int64_t k = 0; k < block.count; ++k) {
         const int64_t i = k * f.inner;
-        write(block.first + k, start + i, {stage + i, out.dresidual ? residual_stage + i : nullptr}, f.inner, false);
+        write(start + i, {stage + i, out.dresidual ? residual_stage + i : nullptr}, Runs{0, 0, 1, f.inner}, a[k], g[k], -row);
       }
-      stream_elements(out.dx + start, stage, block.count * f.inner);
-      if (out.dresidual) stream_elements(out.dresidual + start, residual_stage, block.count * f.inner);
+      put_elements(out.dx + start, stage, block.count * f.inner, plan.streamed);
+      if (out.dresidual) put_elements(out.dresidual + start, residual_stage, block.count * f.inner, plan.streamed);
     }
   };
 
@@ -438,8 +477,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
       team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
         const RowBlock block(f, plan.block, i);
         if (pass.found)
-          sum_block(tree, block.count, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead) {
-            return sums(block.first + k, block.offset + k * f.inner, r, ahead);
+          sum_block(tree, block.count, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
+            sum.merge(sums(block.first + k, block.offset + k * f.inner, r, ahead));
           });
         if (out.dx && plan.staged) write_staged(block);
         if (out.dx && !plan.staged)
@@ -456,7 +495,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
     if (pass.found) {
       team.each(slabs * tiles, [&](int64_t i) {
         const int64_t s = i / tiles, slab = RowBlock::slab_offset(f, s);
-        part[i] = sum_tile<GradSums>(tree, i % tiles, [&](const Runs& r, int64_t ahead) { return sums(s, slab, r, ahead); });
+        part[i] = sum_tile<GradSums>(
+            tree, i % tiles, [&](const Runs& r, int64_t ahead, GradSums& sum) { sum.merge(sums(s, slab, r, ahead)); });
         if (at_once) write_tile(s, i % tiles);
       });
       team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });

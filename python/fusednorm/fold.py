@@ -49,6 +49,8 @@ __all__ = ["Fold", "batch", "memory_order", "reduction"]
 
 def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, ...] | None:
     """Axes longer than 1 from the slowest in memory to the fastest, or None where the array has gaps or overlaps."""
+    if 0 in shape:
+        return tuple(range(len(shape)))
     order = sorted((a for a, n in enumerate(shape) if n > 1), key=lambda a: -strides[a])
     step = itemsize
     for a in reversed(order):

@@ -75,7 +75,7 @@ def _layout(
         per_sample *= n if a not in (axis, sample_axis) else 1
     if ghost is None:
         return _Layout(shape[axis], fold.batch(shape, order, axis), None, samples, sample_axis, None, samples * per_sample)
-    if order and samples > 1 and order[0] != sample_axis:
+    if samples > 1 and order and order[0] != sample_axis and 0 not in shape:
         return None
     full, left = divmod(samples, ghost)
     whole, rest = list(shape), list(shape)

@@ -195,28 +195,29 @@ def batch_norm_forward(
         axis: the axis that is kept, -1 for channels last.
         residual: the shape of ``x``, added before the activation.
         activation: see :func:`activate`.
-        ghost_batch_size: compute training statistics over slices of this many samples (along axis 0, the last slice
-            may be shorter), as calls on these slices in turn would. Without effect in evaluation.
+        ghost_batch_size: compute statistics over slices of this many samples, as calls on these slices in turn would.
+            The last slice may be shorter. Samples are counted along the first axis that does not hold the channels.
         mask: boolean, the shape of ``x`` without ``axis``; only elements with True enter the statistics. ``y`` is
             computed everywhere. Without effect in evaluation.
 
     Returns:
-        ``y, mean, rstd``, float64. ``y`` has the shape of ``x``; ``mean`` and ``rstd`` are ``(C,)``, in training with
-        ghost batches ``(ceil(N / ghost_batch_size), C)``. Statistics of no element are mean 0 and variance 0.
+        ``y, mean, rstd``, float64. ``y`` has the shape of ``x``; ``mean`` and ``rstd`` are ``(C,)``, with ghost batches
+        ``(ceil(N / ghost_batch_size), C)``. Statistics of no element are mean 0 and variance 0.
 
     Raises:
         numpy.exceptions.AxisError: ``axis`` out of range.
         ValueError: a shape that does not fit; one value per channel in training; ``eps <= 0`` in training; running
-            statistics missing in evaluation; ghost batches of a tensor without a sample axis (``axis`` 0).
+            statistics missing in evaluation.
     """
-    x = np.asarray(x, dtype=np.float64)
-    axis = _checked_axis(x, axis)
-    channels = x.shape[axis]
-    batches = _batches(x, axis, ghost_batch_size if training else None)
-    counted = _counted(x, axis, mask)
+    x = _channels_second(x, axis)
+    residual = None if residual is None else _channels_second(residual, axis)
+    channels = x.shape[1]
+    batches = _batches(x, ghost_batch_size)
+    counted = _counted(x, mask)
     for batch in batches:
         if training and x[batch].size == channels > 0:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x[batch].shape}")
+            size = np.moveaxis(x, 1, axis).shape
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         if running is not None and running.shape != (channels,):
             raise ValueError(f"{name} should contain {channels} elements not {running.size}")
@@ -228,26 +229,25 @@ def batch_norm_forward(
     xhat = np.zeros_like(x)
     for index, batch in enumerate(batches):
         if training:
-            selected = np.moveaxis(x[batch], axis, 0)[:, counted[batch]]
-            count = selected.shape[1]
-            batch_mean, batch_var = moments(selected, 1) if count > 0 else (np.zeros(channels), np.zeros(channels))
+            rows = np.moveaxis(x[batch], 1, 0)[:, counted[batch]]
+            count = rows.shape[1]
+            batch_mean, batch_var = moments(rows, 1) if count > 0 else (np.zeros(channels), np.zeros(channels))
             if count > 1:
                 _update(running_mean, batch_mean, momentum)
                 _update(running_var, batch_var * count / (count - 1), momentum)
         elif running_mean is None or running_var is None:
-            raise ValueError("Expected running_mean and running_var to be given in evaluation, got None")
+            raise ValueError("Expected running_mean and running_var to be defined when training=False")
         else:
             batch_mean = np.asarray(running_mean, dtype=np.float64)
             batch_var = np.asarray(running_var, dtype=np.float64)
         mean[index] = batch_mean
         rstd[index] = 1 / np.sqrt(batch_var + eps)
-        xhat[batch] = (x[batch] - _along(mean[index], x, axis)) * _along(rstd[index], x, axis)
+        xhat[batch] = (x[batch] - _along(mean[index], x)) * _along(rstd[index], x)
 
-    pre = _affine(xhat, weight, bias, residual, axis)
-    y = activate(pre, activation)
-    if training and ghost_batch_size is not None:
-        return y, mean, rstd
-    return y, mean[0], rstd[0]
+    y = np.moveaxis(activate(_affine(xhat, weight, bias, residual), activation), 1, axis)
+    if ghost_batch_size is None:
+        mean, rstd = mean[0], rstd[0]
+    return np.ascontiguousarray(y), mean, rstd
 
 
 def batch_norm_backward(
@@ -285,36 +285,38 @@ def batch_norm_backward(
         numpy.exceptions.AxisError: ``axis`` out of range.
         ValueError: a shape that does not fit.
     """
-    dy = np.asarray(dy, dtype=np.float64)
-    x = np.asarray(x, dtype=np.float64)
+    x = _channels_second(x, axis)
+    dy = _channels_second(dy, axis)
+    residual = None if residual is None else _channels_second(residual, axis)
     if dy.shape != x.shape:
-        raise ValueError(f"Expected dy of shape {x.shape}, got {dy.shape}")
-    axis = _checked_axis(x, axis)
-    batches = _batches(x, axis, ghost_batch_size if training else None)
-    counted = _counted(x, axis, mask)
-    mean = np.asarray(mean, dtype=np.float64).reshape(len(batches), x.shape[axis])
-    rstd = np.asarray(rstd, dtype=np.float64).reshape(len(batches), x.shape[axis])
+        raise ValueError("dy must have the shape of x")
+    batches = _batches(x, ghost_batch_size)
+    counted = _counted(x, mask)
+    mean = np.asarray(mean, dtype=np.float64).reshape(len(batches), x.shape[1])
+    rstd = np.asarray(rstd, dtype=np.float64).reshape(len(batches), x.shape[1])
 
     xhat = np.zeros_like(x)
     for index, batch in enumerate(batches):
-        xhat[batch] = (x[batch] - _along(mean[index], x, axis)) * _along(rstd[index], x, axis)
-    u = dy * activation_derivative(_affine(xhat, weight, bias, residual, axis), activation)
-    g = u if weight is None else u * _along(weight, x, axis)
+        xhat[batch] = (x[batch] - _along(mean[index], x)) * _along(rstd[index], x)
+    u = dy * activation_derivative(_affine(xhat, weight, bias, residual), activation)
+    g = u if weight is None else u * _along(weight, x)
 
     dx = np.zeros_like(x)
     for index, batch in enumerate(batches):
         correction = np.zeros_like(x[batch])
         count = np.count_nonzero(counted[batch])
         if training and count > 0:
-            sum_g = _channel_sums(g[batch], axis)
-            sum_g_xhat = _channel_sums(g[batch] * xhat[batch], axis)
-            correction = _along(sum_g / count, x, axis) + xhat[batch] * _along(sum_g_xhat / count, x, axis)
-            correction *= np.expand_dims(counted[batch], axis)
-        dx[batch] = _along(rstd[index], x, axis) * (g[batch] - correction)
+            sum_g = _channel_sums(g[batch])
+            sum_g_xhat = _channel_sums(g[batch] * xhat[batch])
+            correction = _along(sum_g / count, x) + xhat[batch] * _along(sum_g_xhat / count, x)
+            correction = correction * counted[batch][:, None]
+        dx[batch] = _along(rstd[index], x) * (g[batch] - correction)
 
-    dweight = _channel_sums(u * xhat, axis)
-    dbias = _channel_sums(u, axis)
-    return (dx, dweight, dbias) if residual is None else (dx, dweight, dbias, u)
+    dweight = _channel_sums(u * xhat)
+    dbias = _channel_sums(u)
+    dx = np.ascontiguousarray(np.moveaxis(dx, 1, axis))
+    dresidual = np.ascontiguousarray(np.moveaxis(u, 1, axis))
+    return (dx, dweight, dbias) if residual is None else (dx, dweight, dbias, dresidual)
 
 
 def _name_and_slope(activation: Activation) -> tuple[str | None, float]:
@@ -332,60 +334,54 @@ def _sigmoid(pre: Float64) -> Float64:
     return sigmoid
 
 
-def _checked_axis(x: Float64, axis: int) -> int:
-    """``axis`` counted from the front."""
+def _channels_second(x: ArrayLike, axis: int) -> Float64:
+    """``x`` with the channels on axis 1; the first of the other axes, the samples, comes to be axis 0."""
+    x = np.asarray(x, dtype=np.float64)
     if x.ndim < 2:
         raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
-    np.moveaxis(x, axis, 0)  # an AxisError if there is no such axis
-    return axis % x.ndim
+    return np.moveaxis(x, axis, 1)
 
 
-def _batches(x: Float64, axis: int, ghost_batch_size: int | None) -> list[slice]:
-    """Slices along axis 0; the elements of a slice share their statistics."""
+def _batches(x: Float64, ghost_batch_size: int | None) -> list[slice]:
+    """Slices of the samples; each has statistics of its own."""
     if ghost_batch_size is None:
         return [slice(None)]
     if ghost_batch_size < 1:
-        raise ValueError(f"Expected ghost_batch_size of at least 1, got {ghost_batch_size}")
-    if axis == 0:
-        raise ValueError("Expected samples along axis 0 for ghost batches, got the channels there (axis=0)")
+        raise ValueError(f"ghost_batch_size must be a positive integer or None, not {ghost_batch_size}")
     return [slice(start, start + ghost_batch_size) for start in range(0, x.shape[0], ghost_batch_size)]
 
 
-def _counted(x: Float64, axis: int, mask: ArrayLike | None) -> NDArray[np.bool_]:
-    """Which elements enter the statistics, in the shape of ``x`` without ``axis``."""
-    shape = x.shape[:axis] + x.shape[axis + 1 :]
+def _counted(x: Float64, mask: ArrayLike | None) -> NDArray[np.bool_]:
+    """Which elements enter the statistics, in the shape of ``x`` without the channels."""
+    shape = (x.shape[0], *x.shape[2:])
     counted = np.ones(shape, dtype=np.bool_) if mask is None else np.asarray(mask, dtype=np.bool_)
     if counted.shape != shape:
-        raise ValueError(f"Expected mask of shape {shape}, got {counted.shape}")
+        raise ValueError(f"mask must have the shape of x without its channels, {shape}, got {counted.shape}")
     return counted
 
 
-def _along(parameter: ArrayLike, x: Float64, axis: int) -> Float64:
+def _along(parameter: ArrayLike, x: Float64) -> Float64:
     """A ``(C,)`` parameter in a shape that broadcasts over ``x``."""
-    shape = [1] * x.ndim
-    shape[axis] = x.shape[axis]
-    return np.asarray(parameter, dtype=np.float64).reshape(shape)
+    return np.asarray(parameter, dtype=np.float64).reshape(1, x.shape[1], *[1] * (x.ndim - 2))
 
 
-def _affine(
-    xhat: Float64, weight: ArrayLike | None, bias: ArrayLike | None, residual: ArrayLike | None, axis: int
-) -> Float64:
+def _affine(xhat: Float64, weight: ArrayLike | None, bias: ArrayLike | None, residual: Float64 | None) -> Float64:
     pre = xhat
     if weight is not None:
-        pre = pre * _along(weight, xhat, axis)
+        pre = pre * _along(weight, xhat)
     if bias is not None:
-        pre = pre + _along(bias, xhat, axis)
+        pre = pre + _along(bias, xhat)
     if residual is not None:
-        residual = np.asarray(residual, dtype=np.float64)
         if residual.shape != xhat.shape:
-            raise ValueError(f"Expected residual of shape {xhat.shape}, got {residual.shape}")
+            raise ValueError("residual must have the shape of x")
         pre = pre + residual
     return pre
 
 
-def _channel_sums(values: Float64, axis: int) -> Float64:
+def _channel_sums(values: Float64) -> Float64:
     # One row per channel, so that NumPy adds pairwise; see moments.
-    rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], values.size // max(values.shape[axis], 1))
+    channels = values.shape[1]
+    rows = np.moveaxis(values, 1, 0).reshape(channels, values.size // max(channels, 1))
     sums: Float64 = rows.sum(axis=1)
     return sums
 

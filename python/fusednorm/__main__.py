@@ -1,0 +1,5 @@
+import sys
+
+from fusednorm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the tests, ``fusednorm selftest`` and ``fusednorm bench`` share: the list of cases and their tolerances."""

@@ -1,0 +1,862 @@
+"""The one list of cases, with data and tolerances, for the tests, ``fusednorm selftest`` and ``fusednorm bench``.
+
+A :class:`Case` says what is computed, :func:`make` draws its arrays, :func:`run` calls any module that has the batch
+norm functions (the library or :mod:`fusednorm.reference`), and :func:`compare` measures one result against the other::
+
+    inputs = make(case)
+    deviations = compare(case, inputs, expected(case, inputs), run(case, inputs, fusednorm))
+    assert all(deviation.ok for deviation in deviations)
+
+``CASES`` is for correctness, ``BENCH`` for time. Tags: ``quick`` is the selection of a self-test, ``sanitize`` holds
+cases small enough for instrumented builds, ``slow`` the ones above half a million elements, ``bench`` all of ``BENCH``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusednorm import reference
+from fusednorm.reference import Activation, Float64
+
+Array: TypeAlias = NDArray[Any]
+
+# Largest relative error of one rounding to nearest; and the absolute one among subnormal numbers.
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+UNDERFLOW = {"float64": 2.0**-1074, "float32": 2.0**-150, "float16": 2.0**-25, "bfloat16": 2.0**-134}
+
+# Bounds on |activation''|: how far an error in pre carries into the derivative.
+CURVATURE = {None: 0.0, "relu": 0.0, "leaky_relu": 0.0, "silu": 0.5, "sigmoid": 0.1, "tanh": 0.8}
+
+SLOW_ELEMENTS = 500_000
+SANITIZE_ELEMENTS = 3_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of forward and backward: shapes, dtypes, options and the kind of data.
+
+    Attributes:
+        name: unique in its list, made of letters, digits, ``-``, ``_`` and ``.``.
+        norm: which norm; ``"batch"``.
+        shape, axis: of x; ``axis`` holds the channels.
+        dtype: of x, y, dy, dx, residual: ``float32``, ``float64``, ``float16`` or ``bfloat16``.
+        param_dtype: of weight, bias and the running statistics.
+        affine: with weight and bias.
+        training: with batch statistics; otherwise with running ones, in the backward as well.
+        running: with running statistics; evaluation needs them.
+        residual, activation, ghost_batch_size, eps, momentum: the arguments of that name.
+        mask: with a mask that counts about 70% of the positions.
+        offset: |mean| / sigma of the channels. Signs alternate from channel to channel.
+        outlier: the first element of every channel lies 100 sigma from the mean.
+        scale: sigma is 0.5, 1 or 2 times this, from channel to channel. 0: every channel is the constant
+            ``offset`` times that.
+        tags: any of ``quick``, ``slow``, ``sanitize``, ``bench``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norm: str = "batch"
+    axis: int = 1
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    affine: bool = True
+    training: bool = True
+    running: bool = True
+    residual: bool = False
+    activation: Activation = None
+    ghost_batch_size: int | None = None
+    mask: bool = False
+    eps: float = 1e-5
+    momentum: float = 0.1
+    offset: float = 0.0
+    outlier: bool = False
+    scale: float = 1.0
+    tags: frozenset[str] = frozenset()
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Modules that must be importable for :func:`make`."""
+        return ("ml_dtypes",) if "bfloat16" in (self.dtype, self.param_dtype) else ()
+
+    @property
+    def size(self) -> int:
+        """Elements of x."""
+        return math.prod(self.shape)
+
+    @property
+    def channels(self) -> int:
+        """Length of the channel axis."""
+        return self.shape[self.axis]
+
+    @property
+    def accumulation_dtype(self) -> str:
+        """Dtype of sums within a chunk and of arithmetic on elements."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def gradient_dtype(self) -> str:
+        """Dtype of dweight and dbias: the parameters', without parameters float32 (float64 for a float64 x)."""
+        if self.affine:
+            return self.param_dtype
+        return self.accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of a case, C-contiguous; what they store is the truth that results are measured against.
+
+    ``x``, ``dy`` and ``residual`` have the case's shape and dtype, ``weight``, ``bias``, ``running_mean`` and
+    ``running_var`` are ``(C,)`` in its param_dtype, ``mask`` is boolean in its shape without the channel axis. What the
+    case does not use is None. The running statistics are the values before the call.
+    """
+
+    x: Array
+    dy: Array
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    residual: Array | None
+    mask: Array | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a forward and a backward call returned, on the host; None where the case has none.
+
+    The running statistics are the values after the call.
+    """
+
+    y: Array
+    mean: Array
+    rstd: Array
+    dx: Array
+    dweight: Array
+    dbias: Array
+    dresidual: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One compared result: where it comes closest to its bound, or leaves it furthest behind.
+
+    Attributes:
+        name: ``y``, ``mean``, ``var``, ``dx``, ``dweight``, ``dbias``, ``dresidual``, ``running_mean`` or
+            ``running_var``; ``var`` is what rstd says it is.
+        error, bound: absolute error and its bound at the element with the largest ratio of the two.
+        ok: every element is within its bound, and shape and dtype are right.
+        detail: what is wrong other than a value; else empty.
+    """
+
+    name: str
+    error: float
+    bound: float
+    ok: bool
+    detail: str = ""
+
+
+class Functions(Protocol):
+    """A module or object with the two functions of batch norm, :mod:`fusednorm.reference` for one."""
+
+    @property
+    def batch_norm_forward(self) -> Callable[..., Any]: ...
+
+    @property
+    def batch_norm_backward(self) -> Callable[..., Any]: ...
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of that name; ``bfloat16`` is ml_dtypes'.
+
+    Raises:
+        ModuleNotFoundError: bfloat16 without ml_dtypes.
+    """
+    if name == "bfloat16":
+        import ml_dtypes
+
+        name = ml_dtypes.bfloat16
+    return np.dtype(name)
+
+
+def make(case: Case, seed: int = 0) -> Inputs:
+    """Draw the arrays of a case, the same ones for the same seed.
+
+    Raises:
+        ModuleNotFoundError: a module of ``case.requires`` is missing.
+    """
+    rng = np.random.default_rng(seed)
+    channels = np.arange(case.channels)
+    sigma = np.array([0.5, 1.0, 2.0])[channels % 3]
+    center = case.offset * sigma * np.where(channels % 2 == 0, 1, -1)
+    sigma = sigma * case.scale
+    if case.scale != 0:
+        center = center * case.scale
+
+    dtype, param_dtype = numpy_dtype(case.dtype), numpy_dtype(case.param_dtype)
+    # Drawn in float32 below float64: twice as fast, and it is what is stored that counts.
+    drawn = np.dtype(case.accumulation_dtype).type
+
+    def normal() -> Array:
+        return rng.standard_normal(case.shape, dtype=drawn)
+
+    x = normal()
+    if case.outlier:
+        np.moveaxis(x, case.axis, -1)[(0,) * (x.ndim - 1)] = 100
+    x *= _along(sigma, case).astype(drawn)
+    x += _along(center, case).astype(drawn)
+
+    weight = bias = running_mean = running_var = residual = mask = None
+    if case.affine:
+        weight = (1 + 0.5 * rng.standard_normal(case.channels)).astype(param_dtype)
+        bias = rng.standard_normal(case.channels).astype(param_dtype)
+    if case.running:
+        running_mean = (center + 0.1 * sigma * rng.standard_normal(case.channels)).astype(param_dtype)
+        running_var = (sigma**2 * rng.uniform(0.5, 1.5, case.channels)).astype(param_dtype)
+    if case.mask:
+        axis = case.axis % len(case.shape)
+        mask = rng.random(case.shape[:axis] + case.shape[axis + 1 :]) < 0.7
+    if case.residual:
+        residual = normal().astype(dtype, copy=False)
+    return Inputs(
+        x=x.astype(dtype, copy=False),
+        dy=normal().astype(dtype, copy=False),
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        residual=residual,
+        mask=mask,
+    )
+
+
+def run(
+    case: Case,
+    inputs: Inputs,
+    functions: Functions,
+    *,
+    to_device: Callable[[Array], Any] = np.copy,
+    to_host: Callable[[Any], Array] = np.asarray,
+) -> Outputs:
+    """Call ``batch_norm_forward`` and ``batch_norm_backward`` of ``functions`` on the case.
+
+    Args:
+        to_device: makes the array a call takes from one of ``inputs``; it must copy, because running statistics change
+            in place.
+        to_host: makes a NumPy array from one that a call returned.
+    """
+    arrays = {
+        field.name: None if (array := getattr(inputs, field.name)) is None else to_device(array)
+        for field in fields(inputs)
+    }
+    options: dict[str, Any] = {
+        "training": case.training,
+        "axis": case.axis,
+        "residual": arrays["residual"],
+        "activation": case.activation,
+        "ghost_batch_size": case.ghost_batch_size,
+    }
+    if case.mask:
+        options["mask"] = arrays["mask"]
+    y, mean, rstd = functions.batch_norm_forward(
+        arrays["x"],
+        arrays["weight"],
+        arrays["bias"],
+        running_mean=arrays["running_mean"],
+        running_var=arrays["running_var"],
+        momentum=case.momentum,
+        eps=case.eps,
+        **options,
+    )
+    dx, dweight, dbias, *rest = functions.batch_norm_backward(
+        arrays["dy"], arrays["x"], mean, rstd, arrays["weight"], arrays["bias"], **options
+    )
+    return Outputs(
+        y=to_host(y),
+        mean=to_host(mean),
+        rstd=to_host(rstd),
+        dx=to_host(dx),
+        dweight=to_host(dweight),
+        dbias=to_host(dbias),
+        dresidual=to_host(rest[0]) if rest else None,
+        running_mean=to_host(arrays["running_mean"]) if case.running else None,
+        running_var=to_host(arrays["running_var"]) if case.running else None,
+    )
+
+
+def expected(case: Case, inputs: Inputs) -> Outputs:
+    """The reference's results, all float64: nothing rounded to the dtypes of the case."""
+    return run(case, inputs, reference, to_device=_float64)
+
+
+def compare(case: Case, inputs: Inputs, expected: Outputs, got: Outputs) -> list[Deviation]:
+    """Measure ``got`` against ``expected``, one deviation for each result the case has."""
+    allowed = bounds(case, inputs, expected)
+    dtypes = {
+        "y": case.dtype,
+        "mean": "float64",
+        "var": "float64",
+        "dx": case.dtype,
+        "dweight": case.gradient_dtype,
+        "dbias": case.gradient_dtype,
+        "dresidual": case.dtype,
+        "running_mean": case.param_dtype,
+        "running_var": case.param_dtype,
+    }
+    deviations = []
+    for name, bound in allowed.items():
+        want, have = _result(case, expected, name), _result(case, got, name)
+        detail = ""
+        if have is None:
+            detail = "missing"
+        elif have.shape != want.shape:
+            detail = f"expected shape {want.shape}, got {have.shape}"
+        elif have.dtype != numpy_dtype(dtypes[name]):
+            detail = f"expected dtype {dtypes[name]}, got {have.dtype}"
+        if have is None or detail:
+            deviations.append(Deviation(name, math.inf, 0.0, False, detail))
+            continue
+        with np.errstate(invalid="ignore", divide="ignore"):
+            error = np.abs(have.astype(np.float64) - want)
+            ratio = np.where(error == 0, 0, error / bound)
+        if ratio.size == 0:
+            deviations.append(Deviation(name, 0.0, 0.0, True))
+            continue
+        worst = np.unravel_index(np.argmax(np.where(np.isnan(ratio), np.inf, ratio)), ratio.shape)
+        deviations.append(Deviation(name, float(error[worst]), float(bound[worst]), bool(np.all(ratio <= 1))))
+    return deviations
+
+
+def bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
+    """The largest absolute error allowed, for each element of each result that the case has.
+
+    Infinite where an element is left out: dx and dresidual at the kink of ReLU and leaky ReLU. A result may take the
+    derivative from either side there, and the sums, with everything that depends on them, get room for that.
+
+    The float32 bounds hold for the half types as well, which accumulate in float32. u = 2^-24:
+
+    - ``y``: 2e-6 (33 u) of ``max(|weight*xhat| + |bias| + |residual|)``. Subtraction, multiply-add, scale, shift and
+      residual round about 5 times; the rest is for an activation (exp and a division, 4 u) and for the statistics.
+    - ``dx``: 2e-6 of ``max|weight*rstd| * max|dy|``. The same count; the two means of the correction err by at most
+      16 u of max|dy| each, see dweight.
+    - ``dweight``, ``dbias``: 1e-6 (16 u) of the sum of absolute values. A chunk of 1024 elements summed in 16 SIMD
+      lanes makes chains of 64 additions, whose errors add up like a random walk, to 8 u; products round once; above
+      chunks the sums are float64.
+    - ``var``: 1e-6 of itself. m2 of a chunk is such a sum, of squares that round twice.
+    - ``mean``: pivot + sum(x - pivot)/n. The sum errs by 1e-6 of the mean |x - pivot|, which is at most sigma plus the
+      pivot's distance from the mean; the pivot, a float32 mean of a chunk, is within 1e-6 of the mean. The arithmetic
+      on these numbers is float64.
+
+    float64 has the same steps with u = 2^-53, counted one by one below. There a mean in float64 is itself the limit:
+    ``u * |mean| * rstd`` in xhat, and all that follows from it.
+
+    Half types add their rounding of the output; float64's dweight and dbias that of float32 parameters. Maxima and sums
+    run over one channel, so that no channel hides behind a larger one.
+    """
+    x, dy = _float64(inputs.x), _float64(inputs.dy)
+    weight = _along(np.ones(case.channels) if inputs.weight is None else _float64(inputs.weight), case)
+    bias = _along(np.zeros(case.channels) if inputs.bias is None else _float64(inputs.bias), case)
+    residual = np.zeros(1) if inputs.residual is None else _float64(inputs.residual)
+    mean, rstd = np.atleast_2d(expected.mean), np.atleast_2d(expected.rstd)
+    mean_bound, var_bound = _statistics_bounds(case, mean, rstd)
+    rstd_each = _per_element(rstd, case)
+    xhat = (x - _per_element(mean, case)) * rstd_each
+    pre = weight * xhat + bias + residual
+    magnitude = _channel_max(np.abs(weight * xhat) + np.abs(bias) + np.abs(residual), case)
+    max_dy = _channel_max(np.abs(dy), case)
+    sum_dy = _channel_sum(np.abs(dy), case)
+    sum_dy_xhat = _channel_sum(np.abs(dy * xhat), case)
+    name, slope = (
+        case.activation if isinstance(case.activation, tuple) else (case.activation, reference.LEAKY_RELU_SLOPE)
+    )
+
+    if case.accumulation_dtype == "float32":
+        y = 2e-6 * magnitude
+        derivative = 2e-6 + CURVATURE[name] * y
+        dx = 2e-6 * _channel_max(np.abs(weight) * rstd_each, case) * max_dy
+        dweight = 1e-6 * sum_dy_xhat
+        dbias = 1e-6 * sum_dy
+    else:
+        u = UNIT_ROUNDOFF["float64"]
+        chain = _longest_chain(case) * u
+        # rstd = (variance + eps)^-1/2 errs, relatively, by half of what its argument does.
+        rstd_error = _per_element(0.5 * var_bound * rstd**2, case)
+        xhat_error = _per_element(mean_bound * rstd, case) + np.abs(xhat) * rstd_error
+        # 1.1 is the steepest slope of an activation (SiLU).
+        y = _channel_max(1.1 * np.abs(weight) * xhat_error, case) + 8 * u * magnitude
+        derivative = 4 * u + CURVATURE[name] * y
+        sums = np.zeros(1)
+        if case.training:
+            # Two means, of g and g*xhat, the second one times xhat; a mask divides by no less than half of n.
+            means_error = chain + derivative + _channel_max(xhat_error, case)
+            sums = (2 if case.mask else 1) * (1 + np.abs(xhat)) * means_error + xhat_error
+        dx = np.abs(weight) * rstd_each * max_dy * (8 * u + derivative + rstd_error + sums)
+        dweight = (chain + derivative).ravel() * sum_dy_xhat + _channel_max(xhat_error, case).ravel() * sum_dy
+        dbias = (chain + derivative).ravel() * sum_dy
+    # Without an activation dresidual is dy itself, with ReLU dy or 0.
+    dresidual = np.zeros(1) if name in (None, "relu") else derivative * max_dy
+
+    if name in ("relu", "leaky_relu"):
+        kink = np.abs(pre) <= y + UNDERFLOW[case.dtype]
+        slack = np.where(kink, abs(1 - slope if name == "leaky_relu" else 1) * np.abs(dy), 0.0)
+        dweight = dweight + _channel_sum(slack * np.abs(xhat), case)
+        dbias = dbias + _channel_sum(slack, case)
+        if case.training:
+            count = np.maximum(_counts(case, inputs), 1)[:, None]
+            s1 = _per_element(_statistic_sum(np.abs(weight) * slack, case) / count, case)
+            s2 = _per_element(_statistic_sum(np.abs(weight * xhat) * slack, case) / count, case)
+            dx = dx + rstd_each * (s1 + np.abs(xhat) * s2)
+        dx = np.where(kink, np.inf, dx)
+        dresidual = np.where(kink, np.inf, dresidual)
+
+    def stored(bound: Float64, value: Float64, dtype: str) -> Float64:
+        if UNIT_ROUNDOFF[dtype] <= UNIT_ROUNDOFF[case.accumulation_dtype]:
+            return bound
+        return bound + UNIT_ROUNDOFF[dtype] * (np.abs(value) + bound) + UNDERFLOW[dtype]
+
+    allowed = {
+        "y": stored(y, expected.y, case.dtype),
+        "mean": mean_bound.reshape(expected.mean.shape),
+        "var": var_bound.reshape(expected.rstd.shape),
+        "dx": stored(dx, expected.dx, case.dtype),
+        "dweight": stored(dweight, expected.dweight, case.gradient_dtype),
+        "dbias": stored(dbias, expected.dbias, case.gradient_dtype),
+    }
+    if expected.dresidual is not None:
+        exact = name in (None, "relu")
+        allowed["dresidual"] = dresidual if exact else stored(dresidual, expected.dresidual, case.dtype)
+    if expected.running_mean is not None and expected.running_var is not None:
+        allowed |= _running_bounds(case, inputs, expected, mean_bound, var_bound)
+    return {key: np.broadcast_to(bound, _result(case, expected, key).shape) for key, bound in allowed.items()}
+
+
+def _statistics_bounds(case: Case, mean: Float64, rstd: Float64) -> tuple[Float64, Float64]:
+    """Bounds for the mean and the variance, in their shape; explained in :func:`bounds`."""
+    u = UNIT_ROUNDOFF["float64"]
+    variance = _variance(case, rstd)
+    # The variance is read off rstd = 1/sqrt(variance + eps), which takes a few roundings of float64.
+    readout = 4 * u * (variance + case.eps)
+    if not case.training:
+        return np.zeros_like(mean), readout
+    sigma = np.sqrt(variance)
+    if case.accumulation_dtype == "float32":
+        return 1e-6 * (sigma + 1e-6 * np.abs(mean)) + 4 * u * np.abs(mean), 1e-6 * variance + readout
+    # Each merge of two chunks rounds a mean, and takes the difference of two that are wrong by u*|mean| into m2.
+    merges = case.size / max(case.channels, 1) / 1024
+    chain = _longest_chain(case)
+    mean_bound = chain * u * sigma + (6 + merges) * u * np.abs(mean)
+    var_bound = 2 * chain * u * variance + 4 * u * np.abs(mean) * sigma + (u * mean) ** 2
+    return mean_bound, var_bound + readout
+
+
+def _running_bounds(
+    case: Case, inputs: Inputs, expected: Outputs, mean_bound: Float64, var_bound: Float64
+) -> dict[str, Float64]:
+    """A step adds momentum times the statistic's error, and rounds to the stored dtype; float64 arithmetic between.
+
+    Ghost batches take a step each, of whose errors (1 - momentum) is left after the next one. Steps that round only
+    once, at the end, are within that as well.
+    """
+    counts = _counts(case, inputs)
+    counts = counts[counts > 1] if case.training else counts[:0]
+    steps = min(len(counts), 1 / case.momentum)
+    unbiased = float(np.max(counts / (counts - 1), initial=1.0))
+    u = UNIT_ROUNDOFF[case.param_dtype] + 8 * UNIT_ROUNDOFF["float64"]
+    allowed = {}
+    for name, old, new, statistic, bound in (
+        ("running_mean", inputs.running_mean, expected.running_mean, np.atleast_2d(expected.mean), mean_bound),
+        (
+            "running_var",
+            inputs.running_var,
+            expected.running_var,
+            unbiased * _variance(case, np.atleast_2d(expected.rstd)),
+            unbiased * var_bound,
+        ),
+    ):
+        assert old is not None
+        assert new is not None
+        largest = np.max(np.abs([_float64(old), new, *statistic]), axis=0)
+        error = case.momentum * np.max(bound, axis=0, initial=0.0) + u * largest + UNDERFLOW[case.param_dtype]
+        allowed[name] = steps * error
+    return allowed
+
+
+def _float64(array: Array) -> Float64:
+    """A float64 copy; of a mask, the mask."""
+    return array.copy() if array.dtype == np.bool_ else array.astype(np.float64)
+
+
+def _result(case: Case, outputs: Outputs, name: str) -> Any:
+    if name == "var":
+        return 1 / outputs.rstd**2 - case.eps
+    return getattr(outputs, name)
+
+
+def _variance(case: Case, rstd: Float64) -> Float64:
+    return np.maximum(1 / rstd**2 - case.eps, 0.0)
+
+
+def _along(parameter: Float64, case: Case) -> Float64:
+    """A (C,) array in a shape that broadcasts over x."""
+    shape = [1] * len(case.shape)
+    shape[case.axis] = case.channels
+    return parameter.reshape(shape)
+
+
+def _other_axes(case: Case) -> tuple[int, ...]:
+    return tuple(axis for axis in range(len(case.shape)) if axis != case.axis % len(case.shape))
+
+
+def _channel_sum(values: Float64, case: Case) -> Float64:
+    sums: Float64 = np.sum(values, axis=_other_axes(case))
+    return sums
+
+
+def _channel_max(values: Float64, case: Case) -> Float64:
+    """Maximum over each channel, in a shape that broadcasts over x."""
+    full = np.broadcast_to(values, np.broadcast_shapes(values.shape, (1,) * len(case.shape)))
+    maxima: Float64 = np.max(full, axis=_other_axes(case), keepdims=True, initial=0.0)
+    return maxima
+
+
+def _samples(case: Case) -> int:
+    """The axis that ghost batches divide."""
+    return 1 if case.axis % len(case.shape) == 0 else 0
+
+
+def _ghosts(case: Case) -> list[slice]:
+    """Slices of the samples that share statistics."""
+    if case.ghost_batch_size is None:
+        return [slice(None)]
+    samples = case.shape[_samples(case)]
+    return [slice(start, start + case.ghost_batch_size) for start in range(0, samples, case.ghost_batch_size)]
+
+
+def _counts(case: Case, inputs: Inputs) -> NDArray[np.int64]:
+    """Elements in each statistic, (G,)."""
+    axis = case.axis % len(case.shape)
+    counted = np.ones(case.shape[:axis] + case.shape[axis + 1 :]) if inputs.mask is None else inputs.mask
+    return np.array([np.count_nonzero(counted[ghost]) for ghost in _ghosts(case)], dtype=np.int64)
+
+
+def _statistic_sum(values: Float64, case: Case) -> Float64:
+    """Sums over what shares a statistic, (G, C)."""
+    rows = np.moveaxis(values, (_samples(case), case.axis), (0, 1))
+    rows = rows.reshape(*rows.shape[:2], -1) if values.size else np.zeros((*rows.shape[:2], 0))
+    return np.array([rows[ghost].sum(axis=(0, 2)) for ghost in _ghosts(case)])
+
+
+def _per_element(statistic: Float64, case: Case) -> Float64:
+    """A (G, C) array in a shape that broadcasts over x."""
+    if case.ghost_batch_size is None:
+        return _along(statistic[0], case)
+    samples = _samples(case)
+    shape = [1] * len(case.shape)
+    shape[samples] = len(statistic)
+    shape[case.axis] = case.channels
+    ghosts = statistic if samples == 0 else statistic.T
+    return np.take(ghosts.reshape(shape), np.arange(case.shape[samples]) // case.ghost_batch_size, axis=samples)
+
+
+def _longest_chain(case: Case) -> float:
+    """Additions that one float64 sum passes through: a chunk of 1024 in the worst order, a merge for each chunk, and
+    the reference's pairwise sum (chains of 16, then log2 n)."""
+    elements = case.size / max(case.channels, 1)
+    return min(elements, 1024) + elements / 1024 + 32
+
+
+def _case(shape: tuple[int, ...], axis: int = 1, *, tags: tuple[str, ...] = (), **options: Any) -> Case:
+    """A case named after its options, with the tags that follow from its size."""
+    case = Case(name="", shape=shape, axis=axis, **options)
+    size: tuple[str, ...] = ()
+    if "bench" not in tags and case.size > SLOW_ELEMENTS:
+        size = ("slow",)
+    elif "bench" not in tags and case.size <= SANITIZE_ELEMENTS:
+        size = ("sanitize",)
+    parts = ["x".join(map(str, shape)), f"axis{axis}", case.dtype]
+    for key, value in options.items():
+        if key == "dtype":
+            continue
+        if key == "training":
+            parts.append("training" if value else "eval")
+        elif key == "activation":
+            parts.append(value if isinstance(value, str) else f"{value[0]}{value[1]:g}" if value else "identity")
+        elif isinstance(value, bool):
+            parts.append(key if value else f"no_{key}")
+        elif isinstance(value, float):
+            parts.append(f"{key}{value:g}".replace("e+", "e"))
+        else:
+            parts.append(f"{key}_{value}")
+    return replace(case, name="-".join(parts), tags=frozenset({*tags, *size}))
+
+
+def _layouts(samples: int, channels: int, *spatial: int) -> list[tuple[tuple[int, ...], int]]:
+    """(shape, axis) of channels first and channels last."""
+    return [((samples, channels, *spatial), 1), ((samples, *spatial, channels), -1)]
+
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+ACTIVATIONS: tuple[Activation, ...] = (None, "relu", "leaky_relu", ("leaky_relu", 0.2), "silu", "sigmoid", "tanh")
+
+
+def _layout_cases() -> list[Case]:
+    """Every layout and dtype, with batch and with running statistics."""
+    layouts = [
+        ((37, 17), 1),
+        ((37, 17), -1),
+        ((5, 64), 0),
+        ((17, 6, 10), 0),
+        ((3, 4, 5, 6), 2),
+        ((3, 4, 5, 6), -2),
+        ((2, 3, 4, 5, 6), 2),
+        ((2, 3, 4, 5, 6), 3),
+        *_layouts(8, 5, 33),
+        *_layouts(4, 17, 7, 9),
+        *_layouts(2, 3, 4, 5, 6),
+    ]
+    return [
+        _case(shape, axis, dtype=dtype, training=training, tags=("quick",) if len(shape) in (2, 4) and training else ())
+        for (shape, axis), dtype, training in itertools.product(layouts, DTYPES, (True, False))
+    ]
+
+
+def _size_cases() -> list[Case]:
+    """Around the widths of vectors, chunks (1024 elements) and tiles (32 chunks); one element more and less."""
+    odd = [
+        layout
+        for channels, pixels in itertools.product((1, 3, 5, 17, 65), (1, 2, 7, 15, 16, 17, 49, 1023, 1025))
+        for layout in _layouts(3, channels, pixels)
+    ]
+    long = [
+        layout
+        for n in (1023, 1024, 1025, 32767, 32768, 32769)
+        for layout in [*_layouts(1, 3, n), *_layouts(2, 1, n), ((n, 5), 1)]
+    ]
+    wide = [((6, 700), 1), ((3, 2049), 1), *_layouts(4, 513, 7), *_layouts(3, 1025, 2, 3)]
+    minimal = [((2, 1), 1), ((2, 3), 1), ((1, 1, 2), 1), ((1, 2, 1, 3), -1), ((3, 2), 0)]
+    whole = [((64, 32), 1), ((256, 512), 1), *_layouts(2, 64, 28, 28), *_layouts(8, 32, 7, 7)]
+    empty = [((0, 4), 1), ((0, 4, 3), 1), ((3, 4, 0), 1), ((3, 0, 4), -1), ((3, 0, 4), 1)]
+    return [
+        *[_case(shape, axis) for shape, axis in odd + long + wide],
+        *[
+            _case(shape, axis, activation="relu", residual=True)
+            for shape, axis in _layouts(3, 17, 49) + _layouts(2, 5, 1023) + _layouts(2, 3, 16385) + wide
+        ],
+        *[_case(shape, axis, dtype=dtype) for (shape, axis), dtype in itertools.product(minimal, DTYPES)],
+        *[_case(shape, axis, activation="relu", tags=("quick",)) for shape, axis in whole],
+        *[
+            _case(shape, axis, activation="relu", training=training)
+            for shape, axis in empty
+            for training in (True, False)
+        ],
+        *[_case(shape, axis, activation="relu") for shape, axis in _layouts(32, 64, 32, 32)],
+        *[_case(shape, axis, dtype="bfloat16", residual=True) for shape, axis in _layouts(8, 128, 28, 28)],
+    ]
+
+
+def _epilogue_cases() -> list[Case]:
+    """Every activation with and without residual, in both layouts and all dtypes; two dtypes in evaluation."""
+    epilogues = list(itertools.product(_layouts(4, 5, 49), ACTIVATIONS, (False, True)))
+    return [
+        *[
+            _case(
+                shape,
+                axis,
+                dtype=dtype,
+                activation=activation,
+                residual=residual,
+                tags=("quick",) if residual and dtype == "float32" else (),
+            )
+            for ((shape, axis), activation, residual), dtype in itertools.product(epilogues, DTYPES)
+        ],
+        *[
+            _case(shape, axis, dtype=dtype, training=False, activation=activation, residual=residual)
+            for ((shape, axis), activation, residual), dtype in itertools.product(epilogues, ("float32", "bfloat16"))
+        ],
+        *[
+            _case((33, 65), activation=activation, residual=residual)
+            for activation, residual in itertools.product(ACTIVATIONS, (False, True))
+        ],
+    ]
+
+
+def _parameter_cases() -> list[Case]:
+    """Parameters in another dtype than x, and none; no running statistics."""
+    pairs = [
+        ("float32", "float64"),
+        ("float32", "float16"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("float16", "float64"),
+        ("float64", "float64"),
+    ]
+    layouts = _layouts(6, 5, 7, 7)
+    return [
+        *[
+            _case(shape, axis, dtype=dtype, param_dtype=param_dtype, activation="relu", training=training)
+            for (shape, axis), (dtype, param_dtype), training in itertools.product(layouts, pairs, (True, False))
+        ],
+        *[
+            _case(shape, axis, dtype=dtype, affine=False, training=training)
+            for (shape, axis), dtype, training in itertools.product(layouts, DTYPES, (True, False))
+        ],
+        *[
+            _case(shape, axis, affine=affine, running=False, activation="relu", residual=True)
+            for (shape, axis), affine in itertools.product(layouts, (True, False))
+        ],
+    ]
+
+
+def _ghost_cases() -> list[Case]:
+    """Ghost batches that divide the batch, that leave a rest, of one sample, and larger than the batch."""
+    layouts = [*_layouts(12, 5, 7), *_layouts(13, 5, 7), *_layouts(6, 33, 5, 5)]
+    return [
+        *[
+            _case(shape, axis, ghost_batch_size=size, tags=("quick",) if size == 4 else ())
+            for (shape, axis), size in itertools.product(layouts, (1, 4, 6, 20))
+        ],
+        *[_case(shape, ghost_batch_size=4) for shape in ((12, 17), (10, 17), (66, 65))],
+        *[
+            _case(shape, axis, dtype=dtype, ghost_batch_size=4, activation="relu", residual=True)
+            for (shape, axis), dtype in itertools.product(_layouts(13, 5, 7), DTYPES)
+        ],
+        *[
+            _case(shape, axis, ghost_batch_size=4, affine=False, running=False, activation="silu")
+            for shape, axis in _layouts(13, 5, 7)
+        ],
+        *[_case(shape, axis, ghost_batch_size=4, training=False) for shape, axis in _layouts(13, 5, 7)],
+        *[_case((5, 13, 7), 0, ghost_batch_size=4, activation=activation) for activation in ("relu", "silu")],
+        _case((0, 5, 7), ghost_batch_size=4),
+    ]
+
+
+def _mask_cases() -> list[Case]:
+    layouts = [((37, 5), 1), *_layouts(6, 5, 17), *_layouts(4, 17, 7, 9), ((17, 6, 10), 0), ((3, 4, 5, 6), 2)]
+    return [
+        *[
+            _case(shape, axis, dtype=dtype, mask=True, tags=("quick",) if dtype == "float32" else ())
+            for (shape, axis), dtype in itertools.product(layouts, DTYPES)
+        ],
+        *[
+            _case(shape, axis, mask=True, activation=activation, residual=True)
+            for (shape, axis), activation in itertools.product(layouts, ("relu", "silu"))
+        ],
+        *[_case(shape, axis, mask=True, ghost_batch_size=4, activation="relu") for shape, axis in _layouts(13, 5, 17)],
+        *[_case(shape, axis, mask=True, training=False) for shape, axis in _layouts(6, 5, 17)],
+        *[
+            _case(shape, axis, mask=True, offset=offset, eps=1e-12)
+            for shape, axis in _layouts(4, 3, 2050)
+            for offset in (3e4, 1e6)
+        ],
+    ]
+
+
+def _numerics_cases() -> list[Case]:
+    """Means far from 0, outliers, constants, squares that overflow. A small eps lets rstd show the variance."""
+    layouts = [*_layouts(8, 3, 65, 65), ((4097, 17), 1)]
+    tiny: dict[str, Any] = {"eps": 1e-12}
+    return [
+        *[
+            _case(
+                shape,
+                axis,
+                offset=offset,
+                outlier=outlier,
+                tags=("quick",) if offset in (3e4, 1e6) and len(shape) == 4 else (),
+                **tiny,
+            )
+            for (shape, axis), offset, outlier in itertools.product(layouts, (0.0, 1e2, 3e3, 3e4, 1e6), (False, True))
+        ],
+        *[
+            _case(shape, axis, offset=offset, outlier=True, activation="relu", residual=True, **tiny)
+            for (shape, axis), offset in itertools.product(layouts, (3e3, 1e6))
+        ],
+        *[
+            _case(shape, axis, offset=offset, outlier=True, ghost_batch_size=3, **tiny)
+            for (shape, axis), offset in itertools.product(layouts[:2], (3e4, 1e6))
+        ],
+        *[
+            _case(shape, axis, offset=offset, training=False, **tiny)
+            for (shape, axis), offset in itertools.product(layouts, (3e4, 1e6))
+        ],
+        *[_case(shape, axis, offset=1e6, outlier=True, **tiny) for shape, axis in _layouts(32, 2, 256, 128)],
+        *[
+            _case(shape, axis, dtype="float64", offset=offset, outlier=outlier, **tiny)
+            for (shape, axis), offset, outlier in itertools.product(layouts, (1e6, 1e9), (False, True))
+        ],
+        *[
+            _case(shape, axis, dtype=dtype, offset=1e2, outlier=outlier, **tiny)
+            for (shape, axis), dtype, outlier in itertools.product(layouts, ("float16", "bfloat16"), (False, True))
+        ],
+        *[
+            _case(shape, axis, dtype=dtype, offset=offset, scale=0.0)
+            for (shape, axis), dtype, offset in itertools.product(_layouts(3, 5, 1025), DTYPES, (0.0, 0.1, 3e3))
+        ],
+        *[
+            _case(shape, axis, dtype=dtype, scale=scale, running=False, tags=("quick",))
+            for (shape, axis), (dtype, scale) in itertools.product(
+                _layouts(3, 5, 1025), (("float32", 1e18), ("float32", 1e25), ("bfloat16", 1e25), ("float16", 4e3))
+            )
+        ],
+    ]
+
+
+def _bench_cases() -> list[Case]:
+    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward."""
+    resnet = [
+        layout
+        for channels, side in (
+            (64, 112),
+            (64, 56),
+            (256, 56),
+            (128, 28),
+            (512, 28),
+            (256, 14),
+            (1024, 14),
+            (512, 7),
+            (2048, 7),
+        )
+        for layout in _layouts(32, channels, side, side)
+    ]
+    flat: list[tuple[tuple[int, ...], int]] = [((4096, 1024), 1), ((256, 512), 1), ((64, 32), 1)]
+    odd = [*_layouts(32, 3, 224, 224), *_layouts(32, 65, 56, 56)]
+    quick = [*flat, *_layouts(32, 512, 7, 7), *_layouts(32, 256, 14, 14)]
+    plain = [
+        _case(
+            shape, axis, dtype=dtype, training=training, tags=("bench", *(("quick",) if (shape, axis) in quick else ()))
+        )
+        for (shape, axis), dtype, training in itertools.product(
+            resnet + flat + odd, ("float32", "bfloat16"), (True, False)
+        )
+    ]
+    fused = [
+        _case(shape, axis, dtype=dtype, training=training, activation="relu", residual=residual, tags=("bench",))
+        for (shape, axis), dtype, training, residual in itertools.product(
+            [*_layouts(32, 64, 112, 112), *_layouts(32, 256, 56, 56), *_layouts(32, 1024, 14, 14)],
+            ("float32", "bfloat16"),
+            (True, False),
+            (False, True),
+        )
+    ]
+    return plain + fused
+
+
+CASES: tuple[Case, ...] = (
+    *_layout_cases(),
+    *_size_cases(),
+    *_epilogue_cases(),
+    *_parameter_cases(),
+    *_ghost_cases(),
+    *_mask_cases(),
+    *_numerics_cases(),
+)
+BENCH: tuple[Case, ...] = tuple(_bench_cases())
