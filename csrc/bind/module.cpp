@@ -38,7 +38,10 @@ std::optional<DType> dtype_of(const py::dtype& d) {
 std::string shown(py::handle h) { return py::str(h); }
 
 py::array as_array(py::handle h, const char* name) {
-  if (!py::isinstance<py::array>(h))
+  // A masked array is an ndarray, but its mask would be ignored.
+  const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr())) ==
+                     reinterpret_cast<PyObject*>(py::detail::npy_api::get().PyArray_Type_);
+  if (!plain && (!py::isinstance<py::array>(h) || py::hasattr(h, "_mask")))
     type_error(std::string(name) + " must be a NumPy array, not " + shown(py::type::of(h).attr("__name__")));
   return py::reinterpret_borrow<py::array>(h);
 }
@@ -78,6 +81,7 @@ class Vector {
     if (h.is_none()) return;
     py::array a = as_array(h, name);
     expect_size(name, size, a.size());
+    if (a.ndim() != 1) throw py::value_error(std::string(name) + " must have one axis, not " + std::to_string(a.ndim()));
     if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
     const bool plain = a.flags() & py::array::c_style &&
                        a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;

@@ -19,18 +19,25 @@ struct Affine {
   R hi, scale, shift;
 };
 
-// hi for this mean. In float32 x − hi overflows where σ itself nears the largest float: then hi = 0 and the whole mean
-// goes into the shift.
+// hi for this mean. x − hi overflows where σ itself nears the largest number: then hi = 0 and the whole mean goes into the
+// shift.
 template <class R>
 FN_INLINE R pivot(double mean, double rstd) {
-  return sizeof(R) == 4 && rstd < 3e-35 ? R(0) : R(mean);
+  return rstd < (sizeof(R) == 4 ? 3e-35 : 1e-304) ? R(0) : R(mean);
+}
+
+// A coefficient in the loops' type, at most the largest finite one: deviations of 0 times it must stay 0.
+template <class R>
+FN_INLINE R coefficient(double value) {
+  const double most = sizeof(R) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308;
+  return R(value > most ? most : value < -most ? -most : value);
 }
 
 template <class R>
 FN_INLINE Affine<R> affine(double mean, double rstd, double weight, double bias) {
   const R hi = pivot<R>(mean, rstd);
   const double scale = weight * rstd;
-  return {hi, R(scale), R(bias - (mean - double(hi)) * scale)};
+  return {hi, coefficient<R>(scale), R(bias - (mean - double(hi)) * scale)};
 }
 
 // NaN passes through every activation.

@@ -31,7 +31,8 @@ template <class R>
 FN_INLINE GradAffine<R> grad_affine(double mean, double rstd, double weight, double cx, double c0) {
   const R hi = pivot<R>(mean, rstd);
   const double slope = rstd * cx, lo = mean - double(hi);
-  return {hi, R(rstd), R(rstd * weight), R(slope), R(rstd * c0 - slope * lo * rstd)};
+  return {hi, coefficient<R>(rstd), coefficient<R>(rstd * weight), coefficient<R>(slope),
+          R(rstd * c0 - slope * lo * rstd)};
 }
 
 }  // namespace fusednorm

@@ -67,19 +67,30 @@ void normalize(const NormalizeArgs& a) {
   run(ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, a.mean, a.rstd, nullptr, true, 0}, a.epilogue);
 }
 
-// New running value: old + weight·(new − old), in float64, for each of the batch entries in turn.
+// New running value: old + weight·(new − old), rounded to its type after each of the batch entries, as calls in turn would.
 void update_running(const RunningArgs& running, const Fold& f, const Moments* found) {
-  for (int64_t c = 0; c < f.groups; ++c) {
-    double mean = running.mean.get(c), var = running.var.get(c);
+  for (int64_t c = 0; c < f.groups; ++c)
     for (int64_t b = 0; b < f.batch; ++b) {
       const Moments& m = found[b * f.groups + c];
       const double weight = running.counted < 0 ? running.momentum : 1.0 / double(running.counted + b + 1);
-      mean = (1 - weight) * mean + weight * m.mean;
-      var = (1 - weight) * var + weight * (m.m2 / (m.n - 1));
+      running.mean.set(c, (1 - weight) * running.mean.get(c) + weight * m.mean);
+      running.var.set(c, (1 - weight) * running.var.get(c) + weight * (m.m2 / (m.n - 1)));
     }
-    running.mean.set(c, mean);
-    running.var.set(c, var);
-  }
+}
+
+// 1/√(variance + eps) of a statistic whose variance is beyond float64 though its square root is not.
+double rstd_wide(const Fold& f, const double* x, int64_t s, double eps) {
+  const long double n = static_cast<long double>(f.per_statistic());
+  const double* first = x + (s / f.groups * f.outer * f.groups + s % f.groups) * f.inner;
+  long double mean = 0, m2 = 0;
+  for (int64_t o = 0; o < f.outer; ++o)
+    for (int64_t i = 0; i < f.inner; ++i) mean += first[o * f.groups * f.inner + i] / n;
+  for (int64_t o = 0; o < f.outer; ++o)
+    for (int64_t i = 0; i < f.inner; ++i) {
+      const long double d = first[o * f.groups * f.inner + i] - mean;
+      m2 += d * d;
+    }
+  return double(1 / __builtin_sqrtl(m2 / n + eps));
 }
 
 void forward(const ForwardArgs& a) {
@@ -99,12 +110,20 @@ void forward(const ForwardArgs& a) {
     return;
   }
   Scratch<Moments> found(s);
-  const ForwardPass pass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, nullptr, found.get(), true, a.eps};
+  // float64 in place: y must not be written before it is known that no variance overflowed.
+  const bool twice = a.x.dtype == DType::f64 && a.x.data == a.y.data;
+  const ForwardPass pass{a.fold, a.x, a.weight, a.bias, twice ? Array() : a.y, nullptr, nullptr, found.get(), true, a.eps};
   run(pass, a.epilogue);
+  bool again = twice;
   for (int64_t i = 0; i < s; ++i) {
     a.mean[i] = pass.mean(i);
     a.rstd[i] = pass.rstd(i);
+    if (a.x.dtype == DType::f64 && found[i].m2 > 1.7976931348623157e308) {
+      a.rstd[i] = rstd_wide(a.fold, a.x.as<const double>(), i, a.eps);
+      again = true;
+    }
   }
+  if (again) normalize({a.fold, a.x, a.mean, a.rstd, a.weight, a.bias, a.epilogue, a.y});
   if (a.running.mean) update_running(a.running, a.fold, found.get());
 }
 

@@ -59,7 +59,7 @@ struct ColumnShape {
 
   explicit ColumnShape(const Fold& f) : groups(f.groups), outer(f.outer), repeat(1) {
     constexpr int64_t width = Pack<T>::width;
-    while ((repeat * groups % width != 0 || repeat * groups < 64) && groups < 1024 && repeat < width * 2 &&
+    while ((repeat * groups % width != 0 || repeat * groups < kPanel<float>) && groups < 1024 && repeat < width * 2 &&
            outer >= 16 * repeat)
       repeat *= 2;
     columns = repeat * groups;
@@ -193,12 +193,14 @@ template <class T>
     }
   });
 
-  MaskOf<R> suspect{};
-  if constexpr (wide == 2)  // out_of_range, for all columns at once
-    for (int i = 0; i < kPanelVectors<T>; ++i) {
-      const V s = sum.v[i], q = squares.v[i];
+  MaskOf<R> suspect{};  // out_of_range, for all columns at once
+  for (int i = 0; i < kPanelVectors<T>; ++i) {
+    const V s = sum.v[i], q = squares.v[i];
+    if constexpr (sizeof(R) == 8)
+      suspect |= ~(q < 1e300);
+    else
       suspect |= ~((q > 1e-28f) & (q < 1e38f)) & ~((s == 0) & (q == 0));
-    }
+  }
   const bool mend = any(suspect);
   PanelMoments<T> before;
   if (mend) before = tile;
@@ -245,17 +247,15 @@ FN_INLINE void to_columns(const D* vectors, int64_t columns, double* out) {
         if (j < columns) out[j] = vectors[vector][lane % kLanes<double>];
       }
 }
-// Fills one member of the registers' coefficients, in lane order, with the value of each column's channel; 0 beyond. The
-// columns begin at the channel `turn`.
-template <class T, class Coefficients, class Value>
-FN_INLINE void to_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Coefficients* out,
-                        Vector<Real<T>> Coefficients::*member, Value&& value) {
-  for (int64_t index = begin / Pack<T>::width; index * Pack<T>::width < end; ++index)
+// Calls set(register, lane, channel) for the columns [begin, end), which begin at the channel `turn`. Columns beyond the last
+// are given a channel too: registers are filled whole.
+template <class T, class Set>
+FN_INLINE void for_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Set&& set) {
+  constexpr int64_t width = Pack<T>::width;
+  for (int64_t index = begin / width; index * width < end; ++index)
     for (int part = 0; part < Pack<T>::parts; ++part)
-      for (int lane = 0; lane < kLanes<Real<T>>; ++lane) {
-        const int64_t j = index * Pack<T>::width + Pack<T>::order(part, lane);
-        (out[index * Pack<T>::parts + part].*member)[lane] = j < shape.columns ? value((j + turn) % shape.groups) : 0;
-      }
+      for (int lane = 0; lane < kLanes<Real<T>>; ++lane)
+        set(index * Pack<T>::parts + part, lane, (index * width + Pack<T>::order(part, lane) + turn) % shape.groups);
 }
 
 template <class V>
@@ -332,9 +332,9 @@ template <class E>
   PanelSums<T> sum, product;
   down<T, kSumStep>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
     V s[parts] = {}, q[parts] = {};
-#pragma GCC unroll 8
-    for (int k = 0; k < now.value; ++k) {
-      const int64_t i = block.offset + (r + k) * block.stride + j;
+    int64_t i = block.offset + r * block.stride + j;
+#pragma GCC unroll 4
+    for (int k = 0; k < now.value; ++k, i += block.stride) {
       prefetch(x + i + ahead);
       prefetch(dy + i + ahead);
       Lanes<T> u, z;
@@ -509,10 +509,12 @@ void forward_columns(const E& e, const ForwardPass& pass) {
   const auto settle_affine = [&](const typename ColumnTasks<T>::Settle& at) {
     ColumnAffine<V>* a = coefficients.get() + at.b * vectors;
     const int64_t turn = writes.head(at.b);
-    const auto value = [&](int64_t c) { return pass.affine<R>(at.b * f.groups + c, c); };
-    to_lanes(shape, turn, at.begin, at.end, a, &ColumnAffine<V>::hi, [&](int64_t c) { return value(c).hi; });
-    to_lanes(shape, turn, at.begin, at.end, a, &ColumnAffine<V>::scale, [&](int64_t c) { return value(c).scale; });
-    to_lanes(shape, turn, at.begin, at.end, a, &ColumnAffine<V>::shift, [&](int64_t c) { return value(c).shift; });
+    for_lanes(shape, turn, at.begin, at.end, [&](int64_t v, int lane, int64_t c) {
+      const Affine<R> one = pass.affine<R>(at.b * f.groups + c, c);
+      a[v].hi[lane] = one.hi;
+      a[v].scale[lane] = one.scale;
+      a[v].shift[lane] = one.shift;
+    });
   };
   const auto write_block = [&](int64_t b, const Block& block, bool past) {
     const ColumnAffine<V>* a = coefficients.get() + b * vectors;
@@ -569,18 +571,20 @@ void backward_columns(const E& e, const BackwardPass& pass) {
 
   // What the sums need, and with `all` what dx needs besides.
   const auto settle = [&](ColumnGrad<V>* g, const typename ColumnTasks<T>::Settle& at, int64_t turn, bool all) {
-    const auto fill = [&](V ColumnGrad<V>::*member, auto&& value) {
-      to_lanes(shape, turn, at.begin, at.end, g + at.b * vectors, member,
-               [&](int64_t c) { return R(value(at.b * f.groups + c, c)); });
-    };
-    fill(&ColumnGrad<V>::hi, [&](int64_t s, int64_t c) { return pass.affine<R>(s, c).hi; });
-    fill(&ColumnGrad<V>::rstd, [&](int64_t s, int64_t) { return pass.rstd[s]; });
-    fill(&ColumnGrad<V>::pre_scale, [&](int64_t s, int64_t c) { return pass.affine<R>(s, c).scale; });
-    fill(&ColumnGrad<V>::pre_shift, [&](int64_t s, int64_t c) { return pass.affine<R>(s, c).shift; });
-    if (!all) return;
-    fill(&ColumnGrad<V>::scale, [&](int64_t s, int64_t c) { return pass.grad_affine<R>(s, c).scale; });
-    fill(&ColumnGrad<V>::slope, [&](int64_t s, int64_t c) { return pass.grad_affine<R>(s, c).slope; });
-    fill(&ColumnGrad<V>::shift, [&](int64_t s, int64_t c) { return pass.grad_affine<R>(s, c).shift; });
+    g += at.b * vectors;
+    for_lanes(shape, turn, at.begin, at.end, [&](int64_t v, int lane, int64_t c) {
+      const int64_t s = at.b * f.groups + c;
+      const Affine<R> a = pass.affine<R>(s, c);
+      g[v].hi[lane] = a.hi;
+      g[v].rstd[lane] = coefficient<R>(pass.rstd[s]);
+      g[v].pre_scale[lane] = a.scale;
+      g[v].pre_shift[lane] = a.shift;
+      if (!all) return;
+      const GradAffine<R> one = pass.grad_affine<R>(s, c);
+      g[v].scale[lane] = one.scale;
+      g[v].slope[lane] = one.slope;
+      g[v].shift[lane] = one.shift;
+    });
   };
   const auto settle_sums = [&](const typename ColumnTasks<T>::Settle& at) {
     double* u = part_u.get() + at.b * tiles * shape.columns;

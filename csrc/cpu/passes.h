@@ -137,10 +137,10 @@ void with_epilogue(const EpilogueArgs& e, Call&& call) {
   }
 }
 
-// float32 sums of a chunk that overflowed, met NaN or lost digits to underflow: the chunk is done again in float64.
+// Sums of a chunk that overflowed, met NaN or lost digits to underflow: the chunk is done again, wider.
 template <class T>
 FN_INLINE bool out_of_range(double sum, double squares) {
-  if (sizeof(Real<T>) == 8) return false;
+  if (sizeof(Real<T>) == 8) return !(squares < 1e300);
   return !(squares > 1e-28 && squares < 1e38) && !(sum == 0 && squares == 0);
 }
 

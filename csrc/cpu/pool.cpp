@@ -69,7 +69,7 @@ void pool_give(Block block) noexcept {
     std::lock_guard<std::mutex> lock(p.mutex);
     if (p.bytes + block.capacity <= kCap) {
       try {
-        p.blocks.emplace(block.capacity, block.data);
+        p.blocks.emplace_hint(p.blocks.lower_bound(block.capacity), block.capacity, block.data);  // newest first: warm
         p.bytes += block.capacity;
         return;
       } catch (const std::bad_alloc&) {  // no memory for the map's node: give the block back instead

@@ -32,7 +32,8 @@ class RowTree {
     pieces_ = (inner_ + kChunk - 1) / kChunk;
     length_ = ((inner_ + pieces_ - 1) / pieces_ + 63) / 64 * 64;
     pieces_ = (inner_ + length_ - 1) / length_;
-    runs_ = pieces_ > 1 || inner_ > kChunk / 2 ? 1 : kChunk / inner_;
+    // Not more runs than this: one shorter than a register adds all of them into the same lanes, in float32.
+    runs_ = pieces_ > 1 || inner_ > kChunk / 2 ? 1 : kChunk / inner_ < 32 ? kChunk / inner_ : 32;
     chunks_ = pieces_ > 1 ? outer_ * pieces_ : (outer_ + runs_ - 1) / runs_;
   }
   int64_t tiles() const { return (chunks_ + kTile - 1) / kTile; }
@@ -103,18 +104,20 @@ struct Accumulators {
   }
 };
 
+// The chunk again, in the widest type there is: long double holds the sum of any doubles.
 template <class T>
 [[gnu::noinline]] Moments chunk_moments_wide(const T* x, const Runs& r, bool center) {
+  using Wide = long double;
   const double n = double(r.count * r.length);
-  double sum = 0, m2 = 0;
+  Wide mean = 0, m2 = 0;
   const auto each = [&](auto&& add) {
     for (int64_t k = 0; k < r.count; ++k)
-      for (int64_t i = 0; i < r.length; ++i) add(double(to_real(x[r.offset + k * r.stride + i])));
+      for (int64_t i = 0; i < r.length; ++i) add(Wide(to_real(x[r.offset + k * r.stride + i])));
   };
-  if (center) each([&](double v) { sum += v; });
-  const double mean = sum / n;
-  each([&](double v) { m2 += (v - mean) * (v - mean); });
-  return {n, mean, m2};
+  if (center) each([&](Wide v) { mean += v; });
+  mean /= Wide(n);
+  each([&](Wide v) { m2 += (v - mean) * (v - mean); });
+  return {n, double(mean), double(m2)};
 }
 
 // Σ(x − hi) and Σ(x − hi)² over the runs. `ahead`: distance in elements to the chunk that is read next, fetched while this
@@ -436,7 +439,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 
   const auto sums = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead) {
-    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups), R(pass.rstd[s]), ahead);
+    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups), coefficient<R>(pass.rstd[s]),
+                           ahead);
   };
   const auto write = [&](int64_t from, const GradOut<T>& to, const Runs& r, const Affine<R>& a,
                          const GradAffine<R>& g, int64_t ahead) {

@@ -11,8 +11,8 @@
 namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
-// Below this many elements a thread's share is done sooner than the thread is woken.
-constexpr int64_t kElementsPerThread = 16384;
+// A smaller share is done by one thread about as soon, and cannot wait for a thread that lost its core to another pool.
+constexpr int64_t kElementsPerThread = 1 << 17;
 
 FN_INLINE int threads_for(int64_t elements, int64_t tasks) {
   int64_t n = threads();

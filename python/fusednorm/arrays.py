@@ -28,6 +28,11 @@ def taken(x: object, name: str) -> Array:
     raise TypeError(f"{name} must be a NumPy array, not {kind.removeprefix('builtins.')}")
 
 
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """float32, float64, float16 or bfloat16 (ml_dtypes'), in any byte order."""
+    return (dtype.kind == "f" and dtype.itemsize <= 8) or dtype.name == "bfloat16"
+
+
 def empty(shape: Sequence[int], dtype: np.dtype[Any], strides: Sequence[int] | None = None) -> Array:
     """An uninitialized dense array; large ones lie in the output pool."""
     size = math.prod(shape) * dtype.itemsize

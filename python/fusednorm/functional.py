@@ -6,6 +6,7 @@ TensorFlow. Shapes below: N samples, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -35,9 +36,21 @@ def _activation(activation: Activation) -> tuple[int, float]:
     except (KeyError, TypeError):
         pass
     if isinstance(activation, tuple) and len(activation) == 2 and activation[0] == "leaky_relu":
-        return 2, float(activation[1])
+        slope = float(activation[1])
+        if math.isfinite(slope):
+            return 2, slope
     names = ", ".join(str(name) for name in _ACTIVATIONS if name)
     raise ValueError(f'activation must be one of {names} or ("leaky_relu", slope), not {activation!r}')
+
+
+def _floating(name: str, dtype: np.dtype[Any]) -> None:
+    if not arrays.is_floating(dtype):
+        raise TypeError(f"{name} has dtype {dtype}; float32, float64, float16 and bfloat16 are taken")
+
+
+def _ghost(ghost: object) -> None:
+    if ghost is not None and (isinstance(ghost, bool) or not isinstance(ghost, int | np.integer) or ghost < 1):
+        raise ValueError(f"ghost_batch_size must be a positive integer or None, not {ghost!r}")
 
 
 class _Layout(NamedTuple):
@@ -62,8 +75,7 @@ def _layout(
         raise ValueError(f"expected at least 2D input (got {ndim}D input)")
     if not -ndim <= axis < ndim:
         raise np.exceptions.AxisError(axis, ndim)
-    if dtype.kind != "f" and dtype.char != "E" or dtype.itemsize not in (2, 4, 8):
-        raise TypeError(f"x has dtype {dtype}; float32, float64, float16 and bfloat16 are taken")
+    _floating("x", dtype)
     axis %= ndim
     order = fold.memory_order(shape, strides, dtype.itemsize)
     if order is None or not dtype.isnative:
@@ -93,8 +105,8 @@ def _layout(
 
 def _dense(x: Array, axis: int, ghost: int | None) -> tuple[Array, _Layout]:
     """`x`, or a C-ordered copy of it, with its folds."""
-    if ghost is not None and (not isinstance(ghost, int | np.integer) or ghost < 1):
-        raise ValueError(f"ghost_batch_size must be a positive integer or None, not {ghost!r}")
+    if ghost is not None:
+        _ghost(ghost)
     layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
     if layout is None or not x.flags.aligned:
         copy = arrays.empty(x.shape, x.dtype.newbyteorder("="))
@@ -114,7 +126,7 @@ def _alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
     a = arrays.taken(a, name)
     if a.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {a.shape}")
-    if a.dtype != x.dtype:
+    if a.dtype.newbyteorder("=") != laid_out.dtype:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {a.dtype}")
     return arrays.laid_out_like(a, laid_out)
 
@@ -127,10 +139,12 @@ def _output(out: Array | None, x: Array, laid_out: Array, inputs: Sequence[Array
         raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
-    if out.dtype != x.dtype:
+    if out.dtype.newbyteorder("=") != laid_out.dtype:
         raise TypeError(f"out must have x's dtype {x.dtype}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
+    if out.size and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+        raise ValueError("out overlaps itself: one of its strides is 0")
     for a in inputs:
         if a is not None and arrays.overlaps(out, a):
             raise ValueError("out overlaps an input partly; it must be that input itself or lie apart from it")
@@ -164,7 +178,9 @@ def _forward(
 ) -> tuple[Array, Array, Array]:
     """`counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average."""
     given = x if type(x) is np.ndarray else arrays.taken(x, "x")
-    code, slope = _ACTIVATIONS.get(activation) or _activation(activation) if activation else (0, 0.0)
+    code, slope = (0, 0.0) if activation is None else _activation(activation)
+    if momentum is None:
+        raise TypeError("momentum must be a number; only a layer takes None, for a cumulative average")
     x, layout = _dense(given, axis, ghost)
     if training:
         if layout.fewest == 1:
@@ -303,6 +319,7 @@ def _statistics(a: object, name: str, shape: tuple[int, ...]) -> Array:
     a = arrays.taken(a, name)
     if a.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {a.shape}")
+    _floating(name, a.dtype)
     return np.ascontiguousarray(a, np.float64)
 
 
@@ -380,18 +397,20 @@ def batch_norm_backward(
     return (dx, dweight, dbias) if dresidual is None else (dx, dweight, dbias, dresidual)
 
 
-def _kept_first(x: Array, reduced: frozenset[int]) -> tuple[Array, fold.Fold, tuple[int, ...]]:
-    """x as it lies, or a copy with the kept axes first; its fold; and the axes of x in the order the statistics run over."""
+def _kept_first(x: Array, reduced: frozenset[int]) -> tuple[Array, tuple[int, ...], fold.Fold, tuple[int, ...]]:
+    """x as it lies, or a copy with the kept axes first, and which axis of x each of its axes is; its fold; and the axes
+    that its statistics run over, in their order."""
     order = fold.memory_order(x.shape, x.strides, x.itemsize) if arrays.is_plain(x) else None
     found = None if order is None else fold.reduction(x.shape, order, reduced)
-    if order is None or found is None:
-        kept = tuple(a for a in range(x.ndim) if a not in reduced)
-        moved = x.transpose(*kept, *sorted(reduced))
-        x = arrays.empty(moved.shape, x.dtype.newbyteorder("="))
-        x[...] = moved
-        n = int(np.prod(x.shape[len(kept) :], dtype=np.int64))
-        return x, fold.Fold(1, 1, int(np.prod(x.shape[: len(kept)], dtype=np.int64)), n, n), kept
-    return x, found, tuple(a for a in order if a not in reduced)
+    if order is not None and found is not None:
+        return x, tuple(range(x.ndim)), found, tuple(a for a in order if a not in reduced)
+    kept = tuple(a for a in range(x.ndim) if a not in reduced)
+    axes = (*kept, *sorted(reduced))
+    moved = x.transpose(axes)
+    x = arrays.empty(moved.shape, x.dtype.newbyteorder("="))
+    x[...] = moved
+    s, n = math.prod(x.shape[: len(kept)]), math.prod(x.shape[len(kept) :])
+    return x, axes, fold.Fold(1, 1, s, n, n), kept
 
 
 def _axes(axes: int | Sequence[int], ndim: int) -> frozenset[int]:
@@ -408,11 +427,10 @@ def _axes(axes: int | Sequence[int], ndim: int) -> frozenset[int]:
 def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, frozenset[int]]:
     """n, mean and m2 with the reduced axes kept as 1."""
     x = arrays.taken(x, "x")
-    if x.dtype.kind != "f" and x.dtype.char != "E" or x.dtype.itemsize not in (2, 4, 8):
-        raise TypeError(f"x has dtype {x.dtype}; float32, float64, float16 and bfloat16 are taken")
+    _floating("x", x.dtype)
     reduced = _axes(axes, x.ndim)
     shape = x.shape
-    dense, folded, kept = _kept_first(x, reduced)
+    dense, _, folded, kept = _kept_first(x, reduced)
     count, mean, m2 = np.empty((3, folded.statistics))
     _C.moments(folded, dense, True, count, mean, m2)
     # From the fold's order of the kept axes to x's; axes of length 1 lie anywhere.
@@ -477,12 +495,14 @@ def batch_normalization(
     x = arrays.taken(x, "x")
     named = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
     given = {name: arrays.taken(a, name) for name, a in named.items() if a is not None or name in ("mean", "variance")}
+    _floating("x", x.dtype)
     for name, a in given.items():
+        _floating(name, a.dtype)
         if a.ndim > x.ndim or any(n not in (1, m) for n, m in zip(a.shape[::-1], x.shape[::-1], strict=False)):
             raise ValueError(f"{name} of shape {a.shape} does not broadcast to x's shape {x.shape}")
     union = np.broadcast_shapes((1,) * x.ndim, *(a.shape for a in given.values()))
     reduced = frozenset(a for a in range(x.ndim) if union[a] == 1)
-    dense, folded, kept = _kept_first(x, reduced)
+    dense, axes, folded, kept = _kept_first(x, reduced)
 
     def flat(name: str) -> Array | None:
         if name not in given:
@@ -501,6 +521,4 @@ def batch_normalization(
     for i, (x_entry, y_entry) in enumerate(entries):
         wi, bi = None if w is None else w[i], None if b is None else b[i]
         _C.normalize(one, x_entry, m[i], r[i], wi, bi, None, 0, 0.0, y_entry)
-    if dense.shape == x.shape:
-        return y
-    return np.ascontiguousarray(y.transpose(np.argsort((*kept, *sorted(reduced)))))
+    return y if dense is x else np.ascontiguousarray(y.transpose(np.argsort(axes)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusednorm import _C, functional
-from fusednorm.arrays import Array
+from fusednorm.arrays import Array, is_floating
 from fusednorm.functional import Activation
 
 __all__ = ["BatchNorm"]
@@ -22,7 +22,7 @@ def _dtype(dtype: Any) -> np.dtype[Any]:
 
         return np.dtype(ml_dtypes.bfloat16)
     found = np.dtype(dtype)
-    if found not in (np.float16, np.float32, np.float64) and found.char != "E":
+    if not is_floating(found):
         raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, not {found}")
     return found
 
@@ -96,6 +96,9 @@ class BatchNorm:
     ) -> None:
         kind = _dtype(dtype)
         functional._activation(activation)
+        functional._ghost(ghost_batch_size)
+        if momentum is not None and not isinstance(momentum, float | int | np.number):
+            raise TypeError(f"momentum must be a number or None, not {momentum!r}")
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -268,6 +271,10 @@ class BatchNorm:
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"size mismatch for {name}: expected {own[name].shape}, got {value.shape}")
+            if value.dtype.kind not in "fiu" and value.dtype.name != "bfloat16":
+                raise ValueError(f"{name} must be numbers, got dtype {value.dtype}")
+        if not np.isfinite(values.get("num_batches_tracked", 0)):
+            raise ValueError("num_batches_tracked must be a finite number")
         for name, value in values.items():
             if name == "num_batches_tracked":
                 self.num_batches_tracked = int(value)

@@ -1,0 +1,234 @@
+"""Benchmarks: check first, then time, beside PyTorch and a plain copy of the same tensor.
+
+:func:`run` measures cases and returns what ``fusednorm bench --json`` writes::
+
+    {"environment": {...}, "rows": [{"case": ..., "norm": ..., "shape": [...], "layout": "first", "dtype": ...,
+     "pass": "forward", "activation": ..., "residual": ..., "checked": [3, 64], "wrong": [],
+     "ms": {"copy": {"median": ..., "p10": ..., "p90": ...}, "ours_out": ..., "ours": ..., "torch_out": ..., ...},
+     "ratios": {"ours_out/copy": {...}, "torch_out/ours_out": {...}, "torch/ours": {...}}}]}
+
+``checked``: how many channels of how many were compared with float64; ``wrong``: what was not as it should be.
+
+:func:`table` renders that as Markdown, :func:`plot` as a figure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+
+import fusednorm
+from fusednorm.bench.contenders import PASSES, contenders
+from fusednorm.bench.environment import environment, versions
+from fusednorm.bench.report import label, loses, plot, summary, table
+from fusednorm.bench.timing import Contender, interleaved, ratio, spread
+from fusednorm.testing.cases import BENCH, Array, Case, Inputs, Outputs, compare, expected, make
+from fusednorm.testing.cases import run as run_case
+
+__all__ = [
+    "PASSES",
+    "Contender",
+    "Row",
+    "environment",
+    "interleaved",
+    "label",
+    "loses",
+    "measure",
+    "plot",
+    "ratio",
+    "run",
+    "select",
+    "spread",
+    "summary",
+    "table",
+    "versions",
+]
+
+Row: TypeAlias = dict[str, Any]
+
+# Elements of x that the float64 reference computes: it would take seconds for a large tensor. Of such a one as many
+# channels as that makes are compared (three at least), which batch norm treats each for itself.
+CHECKED_ELEMENTS = 1 << 20
+
+# Two contenders compute the same if they differ by less than this part of the mean: bfloat16 rounds to 0.4%.
+SAME = 0.01
+
+RATIOS = (("ours_out", "copy"), ("torch_out", "ours_out"), ("torch", "ours"))
+
+
+def select(
+    *,
+    norm: str | None = None,
+    dtype: str | None = None,
+    layout: str = "all",
+    shapes: Sequence[tuple[int, ...]] = (),
+    quick: bool = False,
+) -> list[Case]:
+    """Cases of ``BENCH``; or, where shapes are given, plain ones of these.
+
+    Args:
+        layout: ``first``, ``last`` or ``all``.
+        shapes: N, C and the spatial sizes, whatever the layout.
+        quick: of BENCH only what is tagged so.
+    """
+    if shapes:
+        found = [
+            Case(name="", shape=lying, axis=axis, dtype=dtype or "float32", training=training)
+            for shape in shapes
+            for lying, axis in ((shape, 1), ((shape[0], *shape[2:], shape[1]), -1))[: 2 if len(shape) > 2 else 1]
+            for training in (True, False)
+        ]
+        found = [replace(c, name=f"{'x'.join(map(str, c.shape))}-axis{c.axis}-{c.dtype}") for c in found]
+    else:
+        found = [case for case in BENCH if not quick or "quick" in case.tags]
+    return [
+        case
+        for case in found
+        if norm in (None, case.norm)
+        and dtype in (None, case.dtype)
+        and (layout == "all" or _layout(case) in (layout, "flat"))
+    ]
+
+
+def run(
+    cases: Sequence[Case],
+    passes: Sequence[str] = PASSES,
+    *,
+    threads: int | None = None,
+    repeat: int | None = None,
+    with_reference: bool | None = None,
+    report: Callable[[Case, str], object] = lambda case, pass_: None,
+) -> dict[str, Any]:
+    """Measure every pass of every case; training cases have ``forward`` and ``backward``, the others ``eval``.
+
+    Args:
+        threads: for ours and PyTorch; None: as many as ours would use.
+        repeat: rounds of each measurement; None: at least 7, and 0.2 s.
+        with_reference: time the NumPy reference too; None: for small tensors.
+        report: told what comes next, before it is measured.
+    """
+    with _threads(threads or fusednorm.get_num_threads()):
+        where = environment()
+        rows = [
+            row
+            for case in cases
+            for row in measure(case, passes, repeat=repeat, with_reference=with_reference, report=report)
+        ]
+    return {"environment": where, "rows": rows}
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """The same number of threads for all; PyTorch would count cores its own way."""
+    torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+    ours, theirs = fusednorm.get_num_threads(), torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(n)
+    fusednorm.set_num_threads(n)
+    try:
+        yield
+    finally:
+        # PyTorch first: both may run on one OpenMP library, where its limit would hold for ours.
+        if torch:
+            torch.set_num_threads(theirs)
+        fusednorm.set_num_threads(ours)
+
+
+def measure(
+    case: Case,
+    passes: Sequence[str] = PASSES,
+    *,
+    repeat: int | None = None,
+    with_reference: bool | None = None,
+    report: Callable[[Case, str], object] = lambda case, pass_: None,
+) -> list[Row]:
+    """The rows of one case, as :func:`run` describes. What computes wrong results is not timed; `wrong` says why."""
+    passes = [pass_ for pass_ in passes if (pass_ == "eval") != case.training]
+    if not passes:
+        return []
+    report(case, passes[0])
+    inputs = make(case)
+    channels = _checked_channels(case)
+    wrong = _check(case, inputs, channels)
+    rows = []
+    for pass_ in passes:
+        report(case, pass_)
+        row: Row = {
+            "case": case.name,
+            "norm": case.norm,
+            "shape": list(case.shape),
+            "layout": _layout(case),
+            "dtype": case.dtype,
+            "pass": pass_,
+            "activation": case.activation,
+            "residual": case.residual,
+            "checked": [len(channels), case.channels],
+            "wrong": list(wrong),
+            "ms": {},
+            "ratios": {},
+        }
+        rows.append(row)
+        if wrong:
+            continue
+        entrants = contenders(case, inputs, pass_, with_reference=with_reference)
+        row["wrong"] = _disagreements(case, entrants, channels)
+        if row["wrong"]:
+            continue
+        samples = interleaved(entrants, repeat)
+        row["ms"] = {name: spread(each) for name, each in samples.items()}
+        row["ratios"] = {f"{a}/{b}": ratio(samples[a], samples[b]) for a, b in RATIOS if a in samples}
+    return rows
+
+
+def _layout(case: Case) -> str:
+    """``first`` or ``last``; (N, C) is both, ``flat``."""
+    if len(case.shape) == 2:
+        return "flat"
+    return "last" if case.axis % len(case.shape) == len(case.shape) - 1 else "first"
+
+
+def _checked_channels(case: Case) -> Array:
+    per_channel = max(case.size // max(case.channels, 1), 1)
+    count = min(case.channels, max(CHECKED_ELEMENTS // per_channel, 3))
+    return np.unique(np.linspace(0, case.channels - 1, count).astype(np.int64))
+
+
+def _check(case: Case, inputs: Inputs, channels: Array) -> list[str]:
+    """What is wrong with our results, of the tensors as they are timed, on the given channels."""
+    got = run_case(case, inputs, fusednorm)
+    axis = case.axis % len(case.shape)
+
+    def some(array: Array | None) -> Array | None:
+        if array is None:
+            return None
+        return np.take(array, channels, axis if array.ndim == len(case.shape) else 0)
+
+    shape = (*case.shape[:axis], len(channels), *case.shape[axis + 1 :])
+    part = replace(case, shape=shape)
+    part_inputs = Inputs(**{name: some(array) for name, array in vars(inputs).items()})  # type: ignore[arg-type]
+    part_got = Outputs(**{name: some(array) for name, array in vars(got).items()})  # type: ignore[arg-type]
+    deviations = compare(part, part_inputs, expected(part, part_inputs), part_got)
+    return [f"{d.name}: error {d.error:.3g}, allowed {d.bound:.3g} {d.detail}".rstrip() for d in deviations if not d.ok]
+
+
+def _disagreements(case: Case, entrants: Sequence[Contender], channels: Array) -> list[str]:
+    """Contenders that do not compute what the first of them does."""
+    axis = case.axis % len(case.shape)
+    first: Array | None = None
+    found = []
+    for entrant in entrants:
+        if entrant.array is None:
+            continue
+        result = np.take(entrant.array(entrant.call()), channels, axis).astype(np.float64)
+        if first is None:
+            first = result
+        # The mean, because at the kink of ReLU single gradients may be either 0 or dy.
+        elif not np.mean(np.abs(result - first)) <= SAME * np.mean(np.abs(first)):
+            found.append(f"{entrant.name} computes something else")
+    return found

@@ -1,0 +1,222 @@
+"""Who computes a case: this library, PyTorch, the NumPy reference; and a copy of the tensor, the ceiling for all."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import fusednorm
+from fusednorm import _C, reference
+from fusednorm.bench.timing import Contender
+from fusednorm.testing.cases import Array, Case, Inputs
+
+PASSES = ("forward", "backward", "eval")
+
+# Elements up to which the NumPy reference is timed unasked; above, it takes seconds a call.
+REFERENCE_ELEMENTS = 1 << 20
+
+
+def copy(source: Array, destination: Array) -> None:
+    """Copy a tensor by all threads with stores that bypass the caches: as fast as memory goes."""
+    _C.copy(destination, source)
+
+
+def contenders(case: Case, inputs: Inputs, pass_: str, *, with_reference: bool | None = None) -> list[Contender]:
+    """All that can compute one pass of a case.
+
+    ``copy``; ``ours_out`` and ``torch_out`` into a ready array; ``ours`` and ``torch`` allocating their results, as
+    they are used; ``reference``. PyTorch is left out where it is not installed or has no such operation.
+
+    Args:
+        pass_: ``forward``, ``backward`` or ``eval``.
+        with_reference: None: for small tensors only.
+    """
+    copied = np.empty_like(inputs.x)
+    # The copy's own output, clean again: a copy onto lines that another kernel left dirty takes twice as long.
+    found = [Contender("copy", lambda: copy(inputs.x, copied), prepare=lambda: copy(inputs.x, copied))]
+    found += _backward(case, inputs) if pass_ == "backward" else _forward(case, inputs)
+    if importlib.util.find_spec("torch") and case.activation in (None, "relu"):
+        found += _Torch(case, inputs).contenders(pass_)
+    if with_reference or (with_reference is None and case.size <= REFERENCE_ELEMENTS):
+        found.append(_reference(case, inputs, pass_))
+    return found
+
+
+def _forward(case: Case, inputs: Inputs) -> list[Contender]:
+    layer = fusednorm.BatchNorm(
+        case.channels,
+        case.eps,
+        case.momentum,
+        affine=case.affine,
+        track_running_stats=case.running,
+        axis=case.axis,
+        activation=case.activation,
+        dtype=case.param_dtype,
+    ).train(case.training)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = getattr(inputs, name)
+        if value is not None:
+            setattr(layer, name, value)
+    x, residual, y = inputs.x, inputs.residual, np.empty_like(inputs.x)
+    return [
+        Contender("ours_out", lambda: layer(x, residual, out=y), np.asarray),
+        Contender("ours", lambda: layer(x, residual), np.asarray),
+    ]
+
+
+def _backward(case: Case, inputs: Inputs) -> list[Contender]:
+    mean, rstd = fusednorm.batch_norm_forward(
+        inputs.x, inputs.weight, inputs.bias, eps=case.eps, axis=case.axis, residual=inputs.residual,
+        activation=case.activation,
+    )[1:]  # fmt: skip
+    dx = np.empty_like(inputs.x)
+
+    def call(out: Array | None) -> Any:
+        return fusednorm.batch_norm_backward(
+            inputs.dy, inputs.x, mean, rstd, inputs.weight, inputs.bias, axis=case.axis, residual=inputs.residual,
+            activation=case.activation, out=out,
+        )  # fmt: skip
+
+    return [Contender("ours_out", lambda: call(dx), _first), Contender("ours", lambda: call(None), _first)]
+
+
+def _reference(case: Case, inputs: Inputs, pass_: str) -> Contender:
+    """Not compared again: it is what the results were checked against, and slow."""
+    running_mean = None if inputs.running_mean is None else inputs.running_mean.copy()
+    running_var = None if inputs.running_var is None else inputs.running_var.copy()
+
+    def forward() -> Any:
+        return reference.batch_norm_forward(
+            inputs.x, inputs.weight, inputs.bias, running_mean=running_mean, running_var=running_var,
+            training=case.training, momentum=case.momentum, eps=case.eps, axis=case.axis, residual=inputs.residual,
+            activation=case.activation,
+        )  # fmt: skip
+
+    if pass_ != "backward":
+        return Contender("reference", forward)
+    mean, rstd = forward()[1:]
+    return Contender(
+        "reference",
+        lambda: reference.batch_norm_backward(
+            inputs.dy, inputs.x, mean, rstd, inputs.weight, inputs.bias, axis=case.axis, residual=inputs.residual,
+            activation=case.activation,
+        ),
+    )  # fmt: skip
+
+
+def _first(results: Any) -> Array:
+    return np.asarray(results[0])
+
+
+class _Torch:
+    """PyTorch on the same memory: tensors that view the inputs, channels moved to axis 1 where PyTorch wants them."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self.torch = importlib.import_module("torch")
+        self.case = case
+        self.x, self.dy = self.tensor(inputs.x), self.tensor(inputs.dy)
+        self.residual = None if inputs.residual is None else self.tensor(inputs.residual)
+        self.weight, self.bias = self.parameter(inputs.weight), self.parameter(inputs.bias)
+        self.running_mean, self.running_var = self.parameter(inputs.running_mean), self.parameter(inputs.running_var)
+
+    def whole(self, array: Array) -> Any:
+        """A tensor over the array's memory, in its axis order."""
+        if array.dtype.name == "bfloat16":  # ml_dtypes' bfloat16, which PyTorch does not know by that name
+            return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
+        return self.torch.from_numpy(array)
+
+    def tensor(self, array: Array) -> Any:
+        return self.torch.moveaxis(self.whole(array), self.case.axis, 1)
+
+    def parameter(self, array: Array | None) -> Any:
+        """A copy, since running statistics change; in the dtype of `statistics`, which PyTorch insists on."""
+        return None if array is None else self.whole(array).to(self.statistics().dtype, copy=True)
+
+    def statistics(self, n: int = 0) -> Any:
+        """An uninitialized tensor for n saved statistics: float32, for float64 x float64."""
+        double = self.x.dtype == self.torch.float64
+        return self.torch.empty(n, dtype=self.torch.float64 if double else self.torch.float32)
+
+    def array(self, tensor: Any) -> Array:
+        back = self.torch.moveaxis(tensor, 1, self.case.axis)
+        return np.asarray(back.float().numpy())
+
+    def contenders(self, pass_: str) -> list[Contender]:
+        forward, backward = (self.forward_out, self.forward), (self.backward_out, self.backward)
+        out, default = (make() for make in (backward if pass_ == "backward" else forward))
+        return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]
+
+    def forward(self) -> Callable[[], Any]:
+        """As a model calls it: batch_norm, then the residual and ReLU in place."""
+        batch_norm, case = self.torch.nn.functional.batch_norm, self.case
+
+        def call() -> Any:
+            y = batch_norm(
+                self.x, self.running_mean, self.running_var, self.weight, self.bias,
+                case.training, case.momentum, case.eps,
+            )  # fmt: skip
+            return self.epilogue(y)
+
+        return call
+
+    def forward_out(self) -> Callable[[], Any]:
+        native, case = self.torch.ops.aten.native_batch_norm.out, self.case
+        y = self.torch.empty_like(self.x)
+        # In evaluation PyTorch saves nothing, and says so by empty tensors.
+        mean, rstd = (self.statistics(case.channels if case.training else 0) for _ in range(2))
+
+        def call() -> Any:
+            native(
+                self.x, self.weight, self.bias, self.running_mean, self.running_var,
+                case.training, case.momentum, case.eps, out=y, save_mean=mean, save_invstd=rstd,
+            )  # fmt: skip
+            return self.epilogue(y)
+
+        return call
+
+    def epilogue(self, y: Any) -> Any:
+        if self.residual is not None:
+            y += self.residual
+        return y.relu_() if self.case.activation else y
+
+    def saved(self) -> tuple[Any, Any, Any]:
+        """y, mean and rstd for the backward."""
+        y, mean, rstd = self.torch.native_batch_norm(
+            self.x, self.weight, self.bias, self.running_mean, self.running_var,
+            self.case.training, self.case.momentum, self.case.eps,
+        )  # fmt: skip
+        return self.epilogue(y), mean, rstd
+
+    def backward(self) -> Callable[[], Any]:
+        aten, case = self.torch.ops.aten, self.case
+        y, mean, rstd = self.saved()
+
+        def call() -> Any:
+            u = aten.threshold_backward(self.dy, y, 0) if case.activation else self.dy
+            return aten.native_batch_norm_backward(
+                u, self.x, self.weight, self.running_mean, self.running_var, mean, rstd, case.training, case.eps,
+                [True, True, True],
+            )[0]  # fmt: skip
+
+        return call
+
+    def backward_out(self) -> Callable[[], Any]:
+        aten, case = self.torch.ops.aten, self.case
+        y, mean, rstd = self.saved()
+        dx, u = self.torch.empty_like(self.x), self.torch.empty_like(self.x)
+        dweight, dbias = (self.statistics(case.channels) for _ in range(2))
+
+        def call() -> Any:
+            if case.activation:
+                aten.threshold_backward.grad_input(self.dy, y, 0, grad_input=u)
+            aten.native_batch_norm_backward.out(
+                u if case.activation else self.dy, self.x, self.weight, self.running_mean, self.running_var, mean, rstd,
+                case.training, case.eps, [True, True, True], out0=dx, out1=dweight, out2=dbias,
+            )  # fmt: skip
+            return dx
+
+        return call

@@ -1,0 +1,40 @@
+"""The command line: ``fusednorm info | demo | selftest | bench``, also ``python -m fusednorm``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import fusednorm
+from fusednorm.cli import bench, demo, info, selftest
+from fusednorm.cli.extras import MissingLibrary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    0: done; 1: a check failed; 2: a library is missing, or there is nothing to do; 130: Ctrl-C. Arguments that argparse
+    refuses leave by SystemExit(2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="fusednorm",
+        description="Batch normalization at the speed of memory. The commands show it, check it and time it on this "
+        "machine; `fusednorm COMMAND --help` tells more.",
+    )
+    parser.add_argument("--version", action="version", version=f"fusednorm {fusednorm.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (info, demo, selftest, bench):
+        command.add(commands)
+    args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show ×, – or a bar gets a question mark, not a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        return int(args.run(args))
+    except MissingLibrary as missing:
+        print(missing, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,121 @@
+"""``fusednorm bench``: times beside PyTorch and a copy of the same tensor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusednorm import bench
+from fusednorm.bench import report
+from fusednorm.cli.extras import positive, require
+from fusednorm.testing.cases import BENCH, DTYPES, Case
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="times beside PyTorch and a copy of the same tensor, results checked first",
+        description="Checks every case against float64, then times it: ours and PyTorch (if installed) in turn, both "
+        "writing into a ready output (out=) and allocating it, and a copy of the tensor that bypasses the caches, "
+        "which nothing can beat that reads and writes it once. Rows where PyTorch is faster are red. Times are medians "
+        "over rounds. The full list takes some minutes, and wants an idle machine.",
+    )
+    parser.add_argument("--quick", action="store_true", help="the small cases only, and five rounds")
+    parser.add_argument("--norm", choices=sorted({case.norm for case in BENCH}), help="only this norm")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
+    parser.add_argument("--layout", choices=("first", "last", "all"), default="all", help="where the channels lie")
+    parser.add_argument("--pass", dest="passes", choices=(*bench.PASSES, "all"), default="all", help="only this pass")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="N,C,...",
+        help="this shape instead of the list, in the order N,C,H,W whatever the layout; may be given again",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads for ours and for PyTorch")
+    parser.add_argument("--repeat", type=positive, metavar="N", help="rounds; default: 7, more for short cases")
+    parser.add_argument("--reference", action="store_true", help="time the NumPy reference on large tensors too")
+    parser.add_argument("--json", metavar="FILE", help="write environment and rows there")
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart there: .png, .svg or .pdf")
+    parser.add_argument("--from", dest="results", metavar="FILE", help="show the results in FILE instead of measuring")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.set_defaults(run=run)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(map(positive, text.split(",")))
+    if len(shape) < 2:
+        raise argparse.ArgumentTypeError(f"needs N,C at least, not {text}")
+    return shape
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.markdown:
+        require("bench", "bench", rich="rich")
+    if args.plot:
+        require("bench --plot", "bench", matplotlib="matplotlib")
+    if args.results:
+        results = json.loads(Path(args.results).read_text())
+    else:
+        results = _measure(args)
+        if not results["rows"]:
+            print("no benchmark case fits these options", file=sys.stderr)
+            return 2
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        bench.plot(results, args.plot)
+    if args.markdown:
+        print(bench.table(results), end="")
+    else:
+        _show(results)
+    return 1 if any(row["wrong"] for row in results["rows"]) else 0
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    cases = bench.select(norm=args.norm, dtype=args.dtype, layout=args.layout, shapes=args.shape, quick=args.quick)
+    passes = bench.PASSES if args.passes == "all" else (args.passes,)
+    terminal = sys.stderr.isatty()
+    clear = "\r\033[K"
+
+    def report(case: Case, pass_: str) -> None:
+        if terminal:
+            text = f"{cases.index(case) + 1}/{len(cases)} {case.name} {pass_}"
+            print(clear + text, end="", file=sys.stderr, flush=True)
+
+    try:
+        return bench.run(
+            cases,
+            passes,
+            threads=args.threads,
+            repeat=args.repeat or (5 if args.quick else None),
+            with_reference=True if args.reference else None,
+            report=report,
+        )
+    finally:
+        if terminal:
+            print(clear, end="", file=sys.stderr, flush=True)
+
+
+def _show(results: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    # As wide as the table needs: broken lines are easier to read than cut numbers.
+    console = Console(highlight=False, width=max(Console().width, 110))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=report.CAPTION)
+    for i, column in enumerate(report.COLUMNS):
+        table.add_column(column.replace(" ", "\n", 1), justify="right" if i > 1 else "left", no_wrap=i > 0)
+    for row in results["rows"]:
+        table.add_row(*report.cells(row), style="red" if report.loses(row) else None)
+    console.print(table)
+    for line in report.summary(results):
+        console.print(line)
+    console.print()
+    for name, text in report.where(results):
+        console.print(f"{name:<16} {text}", style="dim")

@@ -1,0 +1,126 @@
+"""``fusednorm selftest``: the installed library against the float64 reference, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import fusednorm
+from fusednorm import _C
+from fusednorm.testing import cases
+from fusednorm.testing.cases import Case, Deviation
+
+# By dtype and result, then by instruction set: the largest error as a part of its bound, and the case it came from. By
+# dtype, because half types always come close to their bound, which is mostly the rounding of the result.
+Worst: TypeAlias = dict[tuple[str, str], dict[str, tuple[float, str]]]
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "selftest",
+        help="the installed library against the reference, on every instruction set of this machine",
+        description="Runs forward and backward of every test case (but those that take long) through the installed "
+        "library, once for each instruction set that this machine can run, and compares all results with float64 "
+        "NumPy. The table shows how close each result came to its error bound. Exit code 1 if one left it.",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, for machines")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with TEXT in their name")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    chosen = [case for case in cases.CASES if "slow" not in case.tags and args.filter in case.name]
+    runnable = [case for case in chosen if all(map(importlib.util.find_spec, case.requires))]
+    if not runnable:
+        print(f"no case has {args.filter!r} in its name", file=sys.stderr)
+        return 1
+    isas: list[str] = _C.build_info()["isa_runnable"]
+    worst: Worst = {}
+    failures = []
+    before = _C.build_info()["isa"]
+    try:
+        for case in _progress(runnable):
+            for isa, deviation in check(case, isas):
+                by_isa = worst.setdefault((case.dtype, deviation.name), {})
+                by_isa[isa] = max(by_isa.get(isa, (0.0, "")), (_part(deviation), case.name))
+                if not deviation.ok:
+                    failures.append({"case": case.name, "isa": isa, **vars(deviation)})
+    finally:
+        _C.select_isa(before)
+
+    if args.json:
+        result = {
+            "build": fusednorm.build_info(),
+            "cases": len(runnable),
+            "skipped": len(chosen) - len(runnable),
+            "worst": [
+                {"dtype": dtype, "result": result, "isa": isa, "part": part, "case": name}
+                for (dtype, result), by_isa in worst.items()
+                for isa, (part, name) in by_isa.items()
+            ],
+            "failures": failures,
+        }
+        print(json.dumps(result, indent=2))
+    else:
+        _show(worst, isas, failures, len(runnable), len(chosen) - len(runnable))
+    return 1 if failures else 0
+
+
+def check(case: Case, isas: Sequence[str]) -> Iterator[tuple[str, Deviation]]:
+    """Every result of a case on every instruction set. A call that raises is a failed result named ``call``."""
+    inputs = cases.make(case)
+    expected = cases.expected(case, inputs)
+    for isa in isas:
+        _C.select_isa(isa)
+        try:
+            deviations = cases.compare(case, inputs, expected, cases.run(case, inputs, fusednorm))
+        except Exception as error:
+            deviations = [Deviation("call", math.inf, 0.0, False, f"{type(error).__name__}: {error}")]
+        for deviation in deviations:
+            yield isa, deviation
+
+
+def _part(deviation: Deviation) -> float:
+    """The error as a part of its bound; above 1 it fails."""
+    if deviation.error == 0:
+        return 0.0
+    return deviation.error / deviation.bound if deviation.bound else math.inf
+
+
+def _progress(chosen: Sequence[Case]) -> Iterable[Case]:
+    """The cases, with a bar on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from chosen
+        return
+    for i, case in enumerate(chosen):
+        if i % 10 == 0:
+            bar = "█" * (40 * i // len(chosen))
+            print(f"\r{bar:<40} {i:>4}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+        yield case
+    print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)
+
+
+def _show(worst: Worst, isas: Sequence[str], failures: list[dict[str, Any]], checked: int, skipped: int) -> None:
+    print("largest error, as a part of its bound")
+    print(f"{'x':<10}{'result':<14}" + "".join(f"{isa:>10}" for isa in isas))
+    above = ""
+    for (dtype, result), by_isa in sorted(worst.items(), key=lambda item: cases.DTYPES.index(item[0][0])):
+        parts = [by_isa[isa][0] if isa in by_isa else 0.0 for isa in isas]
+        numbers = "".join(f"{part:>10.3f}" for part in parts)
+        failed = "  FAILED" if max(parts) > 1 else ""
+        print(f"{dtype if dtype != above else '':<10}{result:<14}{numbers}{failed}")
+        above = dtype
+    print()
+    for failure in failures[:20]:
+        detail = failure["detail"] or f"error {failure['error']:.3g}, allowed {failure['bound']:.3g}"
+        print(f"FAILED {failure['isa']} {failure['case']} {failure['name']}: {detail}")
+    if len(failures) > 20:
+        print(f"… and {len(failures) - 20} more")
+    if skipped:
+        print(f"{skipped} cases were skipped: they need ml_dtypes, pip install 'fusednorm[bf16]'")
+    print(f"{checked} cases on {', '.join(isas)}: {f'{len(failures)} results FAILED' if failures else 'all passed'}")

@@ -1,0 +1,237 @@
+"""The commands, on inputs small enough for every test run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fusednorm
+import pytest
+from fusednorm import _C, bench
+from fusednorm.bench.timing import Contender, interleaved
+from fusednorm.cli import main
+from fusednorm.testing.cases import BENCH, Case
+
+
+def test_info_names_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    info = fusednorm.build_info()
+    for part in (info["version"], info["compiler"], info["isa"], info["cuda"]):
+        assert part in text
+
+
+def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["isa"] in info["isa_runnable"]
+    assert info["libraries"]["numpy"]
+    assert info["threads"] == fusednorm.get_num_threads()
+
+
+def test_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusednorm", "--version"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == f"fusednorm {fusednorm.__version__}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["info", "--no-such-flag"],
+        ["bench", "--shape", "8"],
+        ["bench", "--shape", "8,0"],
+        ["bench", "--threads", "0"],
+        ["demo", "--optimizer", "guess"],
+        ["demo", "--epochs", "0"],
+    ],
+)
+def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: fusednorm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "selftest", "bench"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"fusednorm {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_a_missing_library_is_named_with_its_remedy(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main([command]) == 2
+    assert capsys.readouterr().err == f"fusednorm {command} needs rich: pip install 'fusednorm[{command}]'\n"
+
+
+def _wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library's y be wrong by 1e-3."""
+    right = fusednorm.batch_norm_forward
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        y, mean, rstd = right(*args, **options)
+        return y + y.dtype.type(1e-3), mean, rstd
+
+    monkeypatch.setattr(fusednorm, "batch_norm_forward", wrong)
+
+
+def test_selftest_passes_on_every_instruction_set(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = _C.build_info()["isa"]
+    assert main(["selftest", "--filter", "37x17-axis1-float"]) == 0
+    text = capsys.readouterr().out
+    assert "all passed" in text
+    assert all(isa in text for isa in _C.build_info()["isa_runnable"])
+    assert _C.build_info()["isa"] == chosen
+
+
+def test_selftest_json_tells_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _wrong(monkeypatch)
+    assert main(["selftest", "--json", "--filter", "37x17-axis1-float32"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert {failure["name"] for failure in result["failures"]} == {"y"}
+    assert {failure["isa"] for failure in result["failures"]} == set(_C.build_info()["isa_runnable"])
+
+
+def test_selftest_of_no_case_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selftest", "--filter", "no such case"]) == 1
+    assert "no such case" in capsys.readouterr().err
+
+
+def test_bench_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    file, figure = tmp_path / "results.json", tmp_path / "results.svg"
+    assert main(["bench", "--quick", "--shape", "4,6,5,5", "--json", str(file), "--plot", str(figure)]) == 0
+    shown = capsys.readouterr().out
+    results = json.loads(file.read_text())
+    rows = results["rows"]
+    assert [(row["shape"], row["layout"], row["pass"]) for row in rows] == [
+        (shape, layout, pass_)
+        for shape, layout in (([4, 6, 5, 5], "first"), ([4, 5, 5, 6], "last"))
+        for pass_ in ("forward", "backward", "eval")
+    ]
+    for row in rows:
+        assert row["wrong"] == []
+        assert row["checked"] == [6, 6]
+        assert {"copy", "ours_out", "ours", "reference"} <= set(row["ms"])
+        assert all(0 < ms["p10"] <= ms["median"] <= ms["p90"] for ms in row["ms"].values())
+        assert bench.label(row) in shown
+    assert results["environment"]["isa"] == _C.build_info()["isa"]
+    assert "<svg" in figure.read_text()
+
+    assert main(["bench", "--from", str(file), "--markdown"]) == 0
+    assert capsys.readouterr().out == bench.table(results)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_bench_contenders_agree_in_every_dtype(dtype: str) -> None:
+    pytest.importorskip("ml_dtypes")
+    for shape, axis in (((6, 8, 5, 5), 1), ((6, 5, 5, 8), -1), ((32, 8), 1)):
+        for training, residual in ((True, True), (True, False), (False, True)):
+            case = Case("", shape, axis=axis, dtype=dtype, training=training, residual=residual, activation="relu")
+            for row in bench.measure(case, repeat=1):
+                assert row["wrong"] == [], row
+                assert row["ms"]
+
+
+def test_bench_does_not_time_wrong_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    _wrong(monkeypatch)
+    file = tmp_path / "results.json"
+    assert main(["bench", "--shape", "4,6", "--pass", "forward", "--json", str(file)]) == 1
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["ms"] == {}
+    assert "y: error" in row["wrong"][0]
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_bench_checks_large_tensors_on_some_channels() -> None:
+    (row,) = bench.measure(Case("", (64, 96, 16, 16)), ["forward"], repeat=1)
+    assert row["checked"] == [64, 96]
+    assert row["wrong"] == []
+
+
+def test_bench_threads_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = fusednorm.get_num_threads()
+    assert main(["bench", "--shape", "4,6", "--threads", "1", "--markdown", "--pass", "eval"]) == 0
+    assert fusednorm.get_num_threads() == before
+    assert "threads: 1 on" in capsys.readouterr().out
+
+
+def test_select_filters_the_list() -> None:
+    assert bench.select() == list(BENCH)
+    some = bench.select(dtype="bfloat16", layout="last", quick=True)
+    assert some
+    assert all(
+        case.dtype == "bfloat16" and "quick" in case.tags and case.axis == (1 if len(case.shape) == 2 else -1)
+        for case in some
+    )
+
+
+def test_lost_rows_are_marked() -> None:
+    times = {"median": 2.0, "p10": 1.9, "p90": 2.2}
+    row = {
+        "shape": [8, 4], "layout": "flat", "dtype": "float32", "pass": "forward", "residual": False, "activation": None,
+        "checked": [4, 4], "wrong": [], "ms": {"copy": times, "ours_out": times, "ours": times},
+        "ratios": {"ours_out/copy": times, "torch/ours": times},
+    }  # fmt: skip
+    lost = row | {"ratios": {"ours_out/copy": times, "torch/ours": times | {"median": 0.9}}}
+    results = {"environment": bench.environment(), "rows": [row, lost]}
+    lines = bench.table(results).splitlines()
+    assert lines[2].startswith("| 8×4 f32 | forward | 2.00 | 2.00 | 2.00 ±0.15 | – | 2.00 ±0.15 |")
+    assert lines[3].startswith("| **✗ 8×4 f32** |")
+    assert "1 of 2 rows lost" in bench.table(results)
+
+
+def test_rounds_are_interleaved() -> None:
+    order: list[str] = []
+    contenders = [Contender(name, lambda name=name: order.append(name)) for name in "ab"]  # type: ignore[misc]
+    samples = interleaved(contenders, repeat=3)
+    assert [len(times) for times in samples.values()] == [3, 3]
+    assert re.fullmatch("a{2}b{2}(a+b+){3}", "".join(order))
+
+
+def test_demo_trains_and_saves_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    assert main(["demo", "--epochs", "1", "--skip-timing", "--output", str(tmp_path / "new")]) == 0
+    text = capsys.readouterr().out
+    assert (tmp_path / "new" / "fusednorm-demo.png").stat().st_size > 10_000
+    assert "epoch   1:" in text
+    assert "████" in text
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "rmsprop", "adam"])
+def test_normalization_lets_six_sigmoid_layers_learn(optimizer: str) -> None:
+    pytest.importorskip("sklearn")
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    from fusednorm.cli.demo import load_digits
+    from fusednorm.cli.demo.network import network, train
+    from fusednorm.cli.demo.optimizers import OPTIMIZERS
+
+    digits = load_digits(seed=0)
+    accuracy = {}
+    with threadpoolctl.threadpool_limits(1):
+        for normalized in (False, True):
+            net = network(6, "sigmoid", normalized, seed=0)
+            step = OPTIMIZERS[optimizer](net.parameters(), OPTIMIZERS[optimizer].default_rate)
+            *_, last = train(net, step, digits, 25, seed=0)
+            accuracy[normalized] = last.accuracy
+    assert accuracy[True] > 0.95
+    assert accuracy[False] < 0.6
