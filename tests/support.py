@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from typing import Any
 
-import fusednorm as fn
 import numpy as np
 import pytest
 from fusednorm.testing import cases
@@ -15,7 +13,6 @@ from fusednorm.testing import cases
 Array = np.ndarray[Any, Any]
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-HAS_MASK = "mask" in inspect.signature(fn.batch_norm_forward).parameters
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

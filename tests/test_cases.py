@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import fusednorm as fn
@@ -12,20 +11,6 @@ import numpy as np
 import pytest
 from fusednorm.testing import cases
 from fusednorm.testing.cases import CASES, Case, Inputs, Outputs
-from support import HAS_MASK
-
-
-def without_mask(function: Any) -> Any:
-    def call(*args: Any, mask: Any = None, **options: Any) -> Any:
-        assert mask is None
-        return function(*args, **options)
-
-    return function if HAS_MASK else call
-
-
-LIBRARY = SimpleNamespace(
-    batch_norm_forward=without_mask(fn.batch_norm_forward), batch_norm_backward=without_mask(fn.batch_norm_backward)
-)
 
 
 @lru_cache(maxsize=1)  # the instruction sets of one case follow one another
@@ -37,8 +22,6 @@ def prepared(case: Case) -> tuple[Inputs, Outputs]:
 def skip_what_is_missing(case: Case) -> None:
     for module in case.requires:
         pytest.importorskip(module, reason=f"{module} is not installed")
-    if case.mask and not HAS_MASK:
-        pytest.skip("batch_norm_forward does not take mask= in this version")
 
 
 def marked(case: Case) -> Any:
@@ -50,7 +33,7 @@ def marked(case: Case) -> Any:
 def test_case(case: Case, isa: str) -> None:
     skip_what_is_missing(case)
     inputs, expected = prepared(case)
-    got = cases.run(case, inputs, LIBRARY)
+    got = cases.run(case, inputs, fn)
     wrong = [deviation for deviation in cases.compare(case, inputs, expected, got) if not deviation.ok]
     assert not wrong
 
@@ -59,7 +42,7 @@ def test_the_comparison_sees_what_this_file_would_miss() -> None:
     """Positive control: one element of the library's own result, moved by four bounds."""
     case = next(case for case in CASES if case.residual and case.activation == "silu" and case.dtype == "float32")
     inputs, expected = prepared(case)
-    got = cases.run(case, inputs, LIBRARY)
+    got = cases.run(case, inputs, fn)
     bounds = cases.bounds(case, inputs, expected)
     for name in ("y", "mean", "dx", "dweight", "dbias", "dresidual", "running_mean", "running_var"):
         planted = np.array(getattr(got, name))

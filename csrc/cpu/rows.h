@@ -332,15 +332,15 @@ struct RowBlock {
 
 // Sums over all tiles of a block, merged tile by tile as the split path merges them. chunk(k, runs, ahead, Sum&) adds one.
 template <class Sum, class Chunk>
-FN_INLINE void sum_block(const RowTree& tree, int64_t count, Sum* total, Chunk&& chunk) {
+FN_INLINE void sum_block(const RowTree& tree, int64_t count, int64_t slab_distance, Sum* total, Chunk&& chunk) {
   Sum part[kMaxBlock];
   for (int64_t k = 0; k < count; ++k) total[k] = Sum();
   for (int64_t tile = 0; tile < tree.tiles(); ++tile) {
     for (int64_t k = 0; k < count; ++k) part[k] = Sum();
     for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
       const Runs r = tree.chunk(c);
-      const int64_t ahead = tree.chunk(c + 1).offset - r.offset;
-      for (int64_t k = 0; k < count; ++k) chunk(k, r, ahead, part[k]);
+      const int64_t next = tree.chunk(c + 1).offset - r.offset;
+      for (int64_t k = 0; k < count; ++k) chunk(k, r, k + 1 < count ? slab_distance : next - k * slab_distance, part[k]);
     }
     for (int64_t k = 0; k < count; ++k) total[k].merge(part[k]);
   }
@@ -396,7 +396,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
       team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
         const RowBlock block(f, plan.block, i);
         if (pass.takes_statistics())
-          sum_block(tree, block.count, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
+          sum_block(tree, block.count, f.inner, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
             add_chunk(x + block.offset + k * f.inner, r, pass.center, ahead, m);
           });
         if (y && plan.staged) apply_staged(block);
@@ -481,7 +481,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
       team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
         const RowBlock block(f, plan.block, i);
         if (pass.found)
-          sum_block(tree, block.count, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
+          sum_block(tree, block.count, f.inner, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
             sum.merge(sums(block.first + k, block.offset + k * f.inner, r, ahead));
           });
         if (out.dx && plan.staged) write_staged(block);

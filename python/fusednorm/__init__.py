@@ -55,7 +55,7 @@ def get_num_threads() -> int:
 
 
 def empty_cache() -> int:
-    """Give the memory that the output pool keeps for coming outputs (1 GiB at most) back to the system; returns its bytes."""
+    """Give the memory kept for coming outputs (1 GiB at most) back to the system; returns its bytes."""
     return int(_C.empty_cache())
 
 

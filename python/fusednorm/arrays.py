@@ -38,14 +38,14 @@ def empty(shape: Sequence[int], dtype: np.dtype[Any], strides: Sequence[int] | N
     size = math.prod(shape) * dtype.itemsize
     if size < _POOL_BYTES and strides is None:
         return np.empty(shape, dtype)
-    return np.ndarray(shape, dtype, _C.PoolMemory(size), 0, strides)
+    return np.ndarray(shape, dtype, memoryview(_C.PoolMemory(size)), 0, strides)
 
 
 def empty_like(x: Array) -> Array:
     """An uninitialized array with the shape, dtype and axis order of the dense array `x`."""
     if x.nbytes < _POOL_BYTES:
         return np.empty_like(x)
-    return np.ndarray(x.shape, x.dtype, _C.PoolMemory(x.nbytes), 0, x.strides)
+    return np.ndarray(x.shape, x.dtype, memoryview(_C.PoolMemory(x.nbytes)), 0, x.strides)
 
 
 def is_plain(x: Array) -> bool:
@@ -70,6 +70,6 @@ def overlaps(a: Array, b: Array) -> bool:
     if same:
         return False
     try:
-        return bool(np.shares_memory(a, b, max_work=1_000_000))
+        return bool(np.shares_memory(a, b, max_work=1_000_000))  # type: ignore[arg-type]  # NumPy's stub knows only 0 and -1
     except np.exceptions.TooHardError:
         return True

@@ -15,9 +15,9 @@ A contiguous tensor is seen as four axes, in memory order::
                                                            channel    c = (g·inner + i) / span
                                                            position   p = (b·outer + o)·span + i mod span
 
-One statistic is taken over ``outer·inner`` elements; there are ``batch·groups`` of them. ``span`` is the run of elements
-along ``inner`` that share one weight and one bias; there are ``groups·inner / span`` channels. Batch normalization of
-images, both layouts, as an example of what lies where (each letter a channel, each number a sample)::
+One statistic is taken over ``outer·inner`` elements; there are ``batch·groups`` of them. ``span`` is the run of
+elements along ``inner`` that share one weight and one bias; there are ``groups·inner / span`` channels. Batch
+normalization of images, both layouts, as an example of what lies where (each letter a channel, each number a sample)::
 
     channels first (N=2, C=3, HW=4)                       channels last (N=2, HW=4, C=3)
     Fold(batch=1, outer=2, groups=3, inner=4, span=4)     Fold(batch=1, outer=8, groups=3, inner=1, span=1)
@@ -63,9 +63,9 @@ def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) ->
 def batch(shape: Sequence[int], order: Sequence[int], axis: int, ghosts: int = 1) -> Fold:
     """Batch normalization: one statistic and one channel for each index of `axis`.
 
-    ``order`` is the memory order of the axes (:func:`memory_order`): any dense array will do, since the order of the reduced
-    axes among themselves does not matter. With ``ghosts`` > 1 the slowest axis is cut into that many equal parts, each with
-    statistics of its own.
+    ``order`` is the memory order of the axes (:func:`memory_order`): any dense array will do, since the order of the
+    reduced axes among themselves does not matter. With ``ghosts`` > 1 the slowest axis is cut into that many equal
+    parts, each with statistics of its own.
     """
     before = order[: order.index(axis)] if axis in order else order
     after = order[order.index(axis) + 1 :] if axis in order else ()

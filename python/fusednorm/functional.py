@@ -1,7 +1,7 @@
 """The norms as functions: fold, allocate, verb.
 
-Names, argument order and error words follow PyTorch's functional API; `axis`, the axis that is *kept*, comes from Keras and
-TensorFlow. Shapes below: N samples, C channels.
+Names, argument order and error words follow PyTorch's functional API; `axis`, the axis that is *kept*, comes from Keras
+and TensorFlow. Shapes below: N samples, C channels.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def _layout(
     for a, n in enumerate(shape):
         per_sample *= n if a not in (axis, sample_axis) else 1
     if ghost is None:
-        return _Layout(shape[axis], fold.batch(shape, order, axis), None, samples, sample_axis, None, samples * per_sample)
+        whole_fold = fold.batch(shape, order, axis)
+        return _Layout(shape[axis], whole_fold, None, samples, sample_axis, None, samples * per_sample)
     if samples > 1 and order and order[0] != sample_axis and 0 not in shape:
         return None
     full, left = divmod(samples, ghost)
@@ -252,13 +253,13 @@ def batch_norm_forward(
     Parameters
     ----------
     x : (N, C), (N, C, *spatial) or any other place of C
-        float32, float64, float16 or bfloat16, at least 2-D. Dense arrays of any axis order are read where they lie; others
-        through a copy.
+        float32, float64, float16 or bfloat16, at least 2-D. Dense arrays of any axis order are read where they
+        lie; others through a copy.
     weight, bias : (C,), optional
         Any of the four dtypes, whatever x's.
     running_mean, running_var : (C,), optional
-        Updated in place when training: ``new = (1 − momentum)·old + momentum·batch``, the variance with n − 1. Used, and
-        needed, when not training.
+        Updated in place when training: ``new = (1 − momentum)·old + momentum·batch``, the variance with n − 1. Used,
+        and needed, when not training.
     training : bool
         Whether the statistics are the batch's or the running ones.
     axis : int
@@ -268,8 +269,8 @@ def batch_norm_forward(
     activation : "relu", "leaky_relu", "silu", "sigmoid", "tanh" or ("leaky_relu", slope), optional
         The slope is 0.01 unless given.
     ghost_batch_size : int, optional
-        Statistics over that many consecutive samples instead of the whole batch (Hoffer et al. 2017), as if called on each
-        slice in turn; the last may be shorter.
+        Statistics over that many consecutive samples instead of the whole batch (Hoffer et al. 2017), as if called on
+        each slice in turn; the last may be shorter.
     out : like x, optional
         Where y goes, any strides. It may be x or residual itself; a backward needs the original x.
 
@@ -381,8 +382,9 @@ def batch_norm_backward(
     dbias = np.empty(layout.channels, default if bias is None else arrays.taken(bias, "bias").dtype)
     if layout.ghosts is None:
         _C.backward(
-            layout.fold, dy, x, mean, rstd, weight, bias, residual, not training, code, slope, dx, dresidual, dweight, dbias
-        )
+            layout.fold, dy, x, mean, rstd, weight, bias, residual, not training, code, slope,
+            dx, dresidual, dweight, dbias,
+        )  # fmt: skip
     else:
         dweight[...], dbias[...] = 0, 0
         sums = np.zeros((2, 2, layout.channels))

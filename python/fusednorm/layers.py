@@ -20,8 +20,8 @@ def _dtype(dtype: Any) -> np.dtype[Any]:
     if dtype == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    found = np.dtype(dtype)
+        dtype = ml_dtypes.bfloat16
+    found: np.dtype[Any] = np.dtype(dtype)
     if not is_floating(found):
         raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, not {found}")
     return found
@@ -72,9 +72,9 @@ class BatchNorm:
 
     Notes
     -----
-    A call keeps references to x and residual, and the gradients are those of x as it is when :meth:`backward` runs: do not
-    write to x in between. What is kept belongs to the calling thread, and is neither copied nor pickled. Several threads
-    may evaluate one layer at once; training from several needs the caller's lock.
+    A call keeps references to x and residual, and the gradients are those of x as it is when :meth:`backward` runs: do
+    not write to x in between. What is kept belongs to the calling thread, and is neither copied nor pickled. Several
+    threads may evaluate one layer at once; training from several needs the caller's lock.
     """
 
     weight_grad: Array | None
@@ -235,7 +235,7 @@ class BatchNorm:
         float64, (C,). RuntimeError without running statistics.
         """
         if self._running_mean is None or self._running_var is None:
-            raise RuntimeError("scale_shift needs running statistics; this layer was made with track_running_stats=False")
+            raise RuntimeError("scale_shift needs running statistics; this layer has track_running_stats=False")
         scale = 1 / np.sqrt(self._running_var.astype(np.float64) + self.eps)
         if self._weight is not None:
             scale = scale * self._weight.astype(np.float64)
