@@ -626,3 +626,30 @@ def step(parameter: Array | None, gradient: Array | None) -> None:
     assert parameter is not None
     assert gradient is not None
     parameter -= 0.1 * gradient
+
+
+def test_a_mask_is_kept_for_the_backward() -> None:
+    x, dy = normal((6, 4, 5)), normal((6, 4, 5), seed=1)
+    mask = np.random.default_rng(2).random((6, 5)) < 0.6
+    layer = fn.BatchNorm(4)
+    y = layer(x, mask=mask)
+    dx = layer.backward(dy)
+    want, mean, rstd = fn.batch_norm_forward(x, layer.weight, layer.bias, mask=mask)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(dx, fn.batch_norm_backward(dy, x, mean, rstd, layer.weight, layer.bias, mask=mask)[0])
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "words"),
+    [
+        (np.ones((6, 4), bool), ValueError, "mask must have x's shape without axis 1"),
+        (np.ones((6, 5)), TypeError, "mask must be boolean"),
+        ([[True]], TypeError, "mask must be a NumPy array"),
+    ],
+)
+def test_masks_that_do_not_fit(mask: Any, error: type[Exception], words: str) -> None:
+    layer = fn.BatchNorm(4)
+    with pytest.raises(error, match=words):
+        layer(normal((6, 4, 5)), mask=mask)
+    assert layer.num_batches_tracked == 0
+    np.testing.assert_array_equal(layer.running_mean, np.zeros(4))

@@ -14,7 +14,7 @@ import pytest
 from fusednorm import reference
 from fusednorm.reference import Activation, Float64
 from fusednorm.testing import cases
-from fusednorm.testing.cases import BENCH, CASES, MASKED, Case, Inputs, Outputs
+from fusednorm.testing.cases import BENCH, CASES, Case, Inputs, Outputs
 
 ACTIVATIONS: list[Activation] = [None, "relu", "leaky_relu", ("leaky_relu", 0.3), "silu", "sigmoid", "tanh"]
 LAYOUTS = [((5, 3), 1), ((5, 3), -1), ((3, 5), 0), ((4, 3, 2, 2), 1), ((4, 2, 2, 3), -1), ((2, 2, 3, 2), 2)]
@@ -491,7 +491,7 @@ def find(**wanted: Any) -> Case:
     plain = {"ghost_batch_size": None, "mask": False, "offset": 0.0, "scale": 1.0, "training": True, "affine": True}
     return next(
         case
-        for case in (*CASES, *MASKED)
+        for case in CASES
         if case.size > 400 and all(getattr(case, name) == value for name, value in (plain | wanted).items())
     )
 
@@ -536,9 +536,7 @@ def test_the_list_is_sound(listed: tuple[Case, ...]) -> None:
         assert ("slow" in case.tags) == (listed is CASES and case.size > cases.SLOW_ELEMENTS)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in (*CASES, *MASKED) if "slow" not in case.tags], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [case for case in CASES if "slow" not in case.tags], ids=lambda case: case.name)
 def test_the_rounded_reference_passes(case: Case) -> None:
     skip_without_modules(case)
     inputs = cases.make(case)

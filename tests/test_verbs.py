@@ -89,7 +89,7 @@ def close(got: Array, want: Array, scale: Any, dtype: str) -> None:
 def test_moments(shape: Any, dtype: str, center: bool, isa: str) -> None:
     drawn = Drawn(shape, dtype)
     count, mean, m2 = (np.full(drawn.fold.statistics, np.nan) for _ in range(3))
-    _C.moments(drawn.fold, drawn.x, center, count, mean, m2)
+    _C.moments(drawn.fold, drawn.x, None, center, count, mean, m2)
     x = apart(drawn.x, shape)
     want = x.mean(axis=(1, 3), keepdims=True) if center else np.zeros((shape[0], 1, shape[2], 1))
     assert np.all(count == shape[1] * shape[3])
@@ -193,7 +193,7 @@ def test_grad_input(shape: Any, dtype: str, activation: Any, given: str, isa: st
     dx, dresidual = np.full_like(drawn.x, np.nan), np.full_like(drawn.x, np.nan)
     _C.grad_input(
         drawn.fold, drawn.dy, drawn.x, drawn.mean, drawn.rstd, drawn.weight, drawn.bias, drawn.residual,
-        ACTIVATIONS[activation], 0.01, cx, c0, dx, dresidual,
+        ACTIVATIONS[activation], 0.01, cx, c0, None, dx, dresidual,
     )  # fmt: skip
     u = apart(drawn.dy, shape) * reference.activation_derivative(drawn.pre, activation)
     rstd = per_statistic(drawn.rstd, shape)
@@ -218,7 +218,7 @@ def test_forward_and_backward_are_the_verbs_one_after_the_other(
     old_mean, old_var = running_mean.copy(), running_var.copy()
     y, mean, rstd = np.full_like(drawn.x, np.nan), np.empty(s), np.empty(s)
     _C.forward(
-        f, drawn.x, drawn.weight, drawn.bias, running_mean, running_var, drawn.residual, y, mean, rstd,
+        f, drawn.x, drawn.weight, drawn.bias, running_mean, running_var, drawn.residual, None, y, mean, rstd,
         training, 0.25, -1, 1e-3, 1, 0.0,
     )  # fmt: skip
     x, n = apart(drawn.x, shape), shape[1] * shape[3]
@@ -243,7 +243,7 @@ def test_forward_and_backward_are_the_verbs_one_after_the_other(
 
     dx, dresidual, dweight, dbias = np.full_like(y, np.nan), np.full_like(y, np.nan), np.empty(c), np.empty(c)
     _C.backward(
-        f, drawn.dy, drawn.x, mean, rstd, drawn.weight, drawn.bias, drawn.residual, not training, 1, 0.0,
+        f, drawn.dy, drawn.x, mean, rstd, drawn.weight, drawn.bias, drawn.residual, None, not training, 1, 0.0,
         dx, dresidual, dweight, dbias,
     )  # fmt: skip
     s1, s2, dweight2, dbias2 = np.empty(s), np.empty(s), np.empty(c), np.empty(c)
@@ -256,7 +256,7 @@ def test_forward_and_backward_are_the_verbs_one_after_the_other(
     dx2, dresidual2 = np.full_like(y, np.nan), np.full_like(y, np.nan)
     _C.grad_input(
         f, drawn.dy, drawn.x, mean, rstd, drawn.weight, drawn.bias, drawn.residual, 1, 0.0,
-        *coefficients, dx2, dresidual2,
+        *coefficients, None, dx2, dresidual2,
     )  # fmt: skip
     assert_same_bits(dresidual, dresidual2)
     scale = np.max(per_statistic(rstd, shape) * np.abs(per_channel(drawn.weight, shape, 1))) * np.abs(x).max()
@@ -271,7 +271,7 @@ def test_the_mask_of_relu_is_the_forward_one(isa: str) -> None:
         y, dx, dresidual = (np.empty_like(drawn.x) for _ in range(3))
         arrays = (drawn.mean, drawn.rstd, drawn.weight, drawn.bias, drawn.residual, 1, 0.0)
         _C.normalize(drawn.fold, drawn.x, *arrays, y)
-        _C.grad_input(drawn.fold, drawn.dy, drawn.x, *arrays, None, None, dx, dresidual)
+        _C.grad_input(drawn.fold, drawn.dy, drawn.x, *arrays, None, None, None, dx, dresidual)
         # y > 0 may round to 0 in a half type, never the other way round.
         assert np.all((dresidual != 0) | (y == 0))
         if dtype in ("float32", "float64"):
@@ -323,7 +323,7 @@ def test_the_door_does_not_write_to_read_only_arrays() -> None:
         found = [np.zeros(3) for _ in range(3)]
         found[place] = frozen
         with pytest.raises(ValueError, match="read-only"):
-            _C.moments(f, normal((60,)), True, *found)
+            _C.moments(f, normal((60,)), None, True, *found)
 
 
 # Fold.

@@ -117,6 +117,16 @@ void expect(bool condition, const char* message) {
   if (!condition) throw py::value_error(message);
 }
 
+// One byte for each position.
+const uint8_t* mask_of(py::handle h, const Fold& f) {
+  if (h.is_none()) return nullptr;
+  const py::array a = as_array(h, "mask");
+  if (a.dtype().kind() != 'b') type_error("mask must be boolean, not " + shown(a.dtype()));
+  expect_size("mask", f.batch * f.outer * f.span, a.size());
+  if (!(a.flags() & py::array::c_style)) throw py::value_error("mask must be dense");
+  return static_cast<const uint8_t*>(a.data());
+}
+
 EpilogueArgs epilogue(int activation, double slope, const Array& residual) {
   expect(activation >= 0 && activation <= int(Activation::tanh), "unknown activation");
   return {Activation(activation), slope, residual};
@@ -134,11 +144,11 @@ void call(Verb Backend::*verb, const Args& args) {
   (backend.*verb)(args);
 }
 
-void moments(const Fold& f, py::handle x, bool center, py::handle count, py::handle mean, py::handle m2) {
+void moments(const Fold& f, py::handle x, py::handle mask, bool center, py::handle count, py::handle mean, py::handle m2) {
   expect_loops(f);
   const int64_t s = f.statistics();
   call(&Backend::moments,
-       MomentsArgs{f, tensor(x, "x", f.size(), false), center, statistics(count, "count", s, true),
+       MomentsArgs{f, tensor(x, "x", f.size(), false), mask_of(mask, f), center, statistics(count, "count", s, true),
                    statistics(mean, "mean", s, true), statistics(m2, "m2", s, true)});
 }
 
@@ -165,7 +175,8 @@ void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py
 }
 
 void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py::handle running_mean,
-             py::handle running_var, py::handle residual, py::handle y, py::handle mean, py::handle rstd, bool training,
+             py::handle running_var, py::handle residual, py::handle mask, py::handle y, py::handle mean, py::handle rstd,
+             bool training,
              double momentum, int64_t counted, double eps, int activation, double slope) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
@@ -184,6 +195,7 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
                                       w.array(),
                                       b.array(),
                                       epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                                      mask_of(mask, f),
                                       eps,
                                       training,
                                       RunningArgs{rm.array(), rv.array(), momentum, counted},
@@ -197,7 +209,7 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
 }
 
 void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
-              py::handle bias, py::handle residual, bool constant, int activation, double slope, py::handle dx,
+              py::handle bias, py::handle residual, py::handle mask, bool constant, int activation, double slope, py::handle dx,
               py::handle dresidual, py::handle dweight, py::handle dbias) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
@@ -207,7 +219,7 @@ void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::h
   expect(m && r && dw.array() && db.array(), "mean, rstd, dweight and dbias must be given");
   call(&Backend::backward,
        BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
-                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)), constant,
+                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)), mask_of(mask, f), constant,
                     tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in),
                     dw.array(), db.array()});
   dw.write_back();
@@ -232,7 +244,7 @@ void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::
 
 void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
                 py::handle bias, py::handle residual, int activation, double slope, py::handle cx, py::handle c0,
-                py::handle dx, py::handle dresidual) {
+                py::handle mask, py::handle dx, py::handle dresidual) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
   const int64_t c = f.channels(), s = f.statistics();
@@ -241,7 +253,7 @@ void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py:
        GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false),
                      statistics(rstd, "rstd", s, false), w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                     statistics(cx, "cx", s, false), statistics(c0, "c0", s, false),
+                     statistics(cx, "cx", s, false), statistics(c0, "c0", s, false), mask_of(mask, f),
                      tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in)});
 }
 
@@ -322,21 +334,21 @@ PYBIND11_MODULE(_C, m) {
   m.attr("POOL_BYTES") = cpu::kPoolBytes;
 
   using py::arg;
-  m.def("moments", &moments, arg("fold"), arg("x"), arg("center"), arg("count"), arg("mean"), arg("m2"));
+  m.def("moments", &moments, arg("fold"), arg("x"), arg("mask"), arg("center"), arg("count"), arg("mean"), arg("m2"));
   m.def("merge", &merge, arg("before"), arg("axis"), arg("after"), arg("count"), arg("mean"), arg("m2"),
         arg("merged_count"), arg("merged_mean"), arg("merged_m2"));
   m.def("normalize", &normalize, arg("fold"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
         arg("residual"), arg("activation"), arg("slope"), arg("y"));
   m.def("forward", &forward, arg("fold"), arg("x"), arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"),
-        arg("residual"), arg("y"), arg("mean"), arg("rstd"), arg("training"), arg("momentum"), arg("counted"), arg("eps"),
+        arg("residual"), arg("mask"), arg("y"), arg("mean"), arg("rstd"), arg("training"), arg("momentum"), arg("counted"), arg("eps"),
         arg("activation"), arg("slope"));
   m.def("backward", &backward, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
-        arg("residual"), arg("constant"), arg("activation"), arg("slope"), arg("dx"), arg("dresidual"), arg("dweight"),
+        arg("residual"), arg("mask"), arg("constant"), arg("activation"), arg("slope"), arg("dx"), arg("dresidual"), arg("dweight"),
         arg("dbias"));
   m.def("grad_sums", &grad_sums, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
         arg("residual"), arg("activation"), arg("slope"), arg("s1"), arg("s2"), arg("dweight"), arg("dbias"));
   m.def("grad_input", &grad_input, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
-        arg("residual"), arg("activation"), arg("slope"), arg("cx"), arg("c0"), arg("dx"), arg("dresidual"));
+        arg("residual"), arg("activation"), arg("slope"), arg("cx"), arg("c0"), arg("mask"), arg("dx"), arg("dresidual"));
 
   m.def("copy", &copy, arg("to"), arg("from"));
 

@@ -1,6 +1,9 @@
 // A backend is a table of verbs over Folds. Every pointer in the arguments lies on the backend's device; statistics are
 // float64 [S], coefficients float64 [S]; `count` too is kept as float64. Callers have checked sizes, types and aliasing
 // (bind/ does); verbs check nothing and touch only their outputs.
+//
+// A mask holds one byte for each position (core/fold.h), nonzero where the elements there count; null: all count.
+// Statistics are over the counted elements; outputs are written everywhere.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +30,8 @@ struct RunningArgs {
 struct MomentsArgs {
   Fold fold;
   Array x;
-  bool center = true;  // false: mean = 0, m2 = Σx²
+  const uint8_t* mask;
+  bool center;  // false: mean = 0, m2 = Σx²
   double *count, *mean, *m2;
 };
 
@@ -44,6 +48,7 @@ struct ForwardArgs {
   Fold fold;
   Array x, weight, bias;
   EpilogueArgs epilogue;
+  const uint8_t* mask;
   double eps;
   bool training = true;  // false: the running statistics are the statistics, and stay as they are
   RunningArgs running;
@@ -68,6 +73,7 @@ struct GradInputArgs {
   Array weight, bias;
   EpilogueArgs epilogue;
   const double *cx, *c0;  // [S]; null: 0, the statistics were constants
+  const uint8_t* mask;    // where cx and c0 apply
   Array dx, dresidual;    // out
 };
 
@@ -77,7 +83,8 @@ struct BackwardArgs {
   const double *mean, *rstd;
   Array weight, bias;
   EpilogueArgs epilogue;
-  bool constant = false;               // the statistics were constants (evaluation, frozen)
+  const uint8_t* mask;                  // the forward's
+  bool constant;                        // the statistics were constants (evaluation, frozen)
   Array dx, dresidual, dweight, dbias;  // out
 };
 

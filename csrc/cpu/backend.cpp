@@ -40,7 +40,7 @@ void moments(const MomentsArgs& a) {
   const int64_t s = a.fold.statistics();
   Scratch<Moments> found(s);
   for (int64_t i = 0; i < s; ++i) found[i] = Moments();
-  if (a.fold.size() > 0) run(ForwardPass{a.fold, a.x, {}, {}, {}, nullptr, nullptr, found.get(), a.center, 0}, {});
+  if (a.fold.size() > 0) run(ForwardPass{a.fold, a.x, {}, {}, {}, a.mask, nullptr, nullptr, found.get(), a.center, 0}, {});
   for (int64_t i = 0; i < s; ++i) {
     a.count[i] = found[i].n;
     a.mean[i] = found[i].mean;
@@ -64,7 +64,7 @@ void merge(const MergeArgs& a) {
 
 void normalize(const NormalizeArgs& a) {
   if (a.fold.size() == 0) return;
-  run(ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, a.mean, a.rstd, nullptr, true, 0}, a.epilogue);
+  run(ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, a.mean, a.rstd, nullptr, true, 0}, a.epilogue);
 }
 
 // New running value: old + weight·(new − old), rounded to its type after each of the batch entries, as calls in turn would.
@@ -72,6 +72,7 @@ void update_running(const RunningArgs& running, const Fold& f, const Moments* fo
   for (int64_t c = 0; c < f.groups; ++c)
     for (int64_t b = 0; b < f.batch; ++b) {
       const Moments& m = found[b * f.groups + c];
+      if (m.n < 2) continue;  // a mask that counts nothing says nothing
       const double weight = running.counted < 0 ? running.momentum : 1.0 / double(running.counted + b + 1);
       running.mean.set(c, (1 - weight) * running.mean.get(c) + weight * m.mean);
       running.var.set(c, (1 - weight) * running.var.get(c) + weight * (m.m2 / (m.n - 1)));
@@ -79,17 +80,21 @@ void update_running(const RunningArgs& running, const Fold& f, const Moments* fo
 }
 
 // 1/√(variance + eps) of a statistic whose variance is beyond float64 though its square root is not.
-double rstd_wide(const Fold& f, const double* x, int64_t s, double eps) {
-  const long double n = static_cast<long double>(f.per_statistic());
+double rstd_wide(const Fold& f, const double* x, const uint8_t* mask, int64_t s, double eps) {
   const double* first = x + (s / f.groups * f.outer * f.groups + s % f.groups) * f.inner;
-  long double mean = 0, m2 = 0;
-  for (int64_t o = 0; o < f.outer; ++o)
-    for (int64_t i = 0; i < f.inner; ++i) mean += first[o * f.groups * f.inner + i] / n;
-  for (int64_t o = 0; o < f.outer; ++o)
-    for (int64_t i = 0; i < f.inner; ++i) {
-      const long double d = first[o * f.groups * f.inner + i] - mean;
-      m2 += d * d;
-    }
+  const uint8_t* first_position = mask ? mask + s / f.groups * f.outer * f.span : nullptr;
+  long double n = 0, mean = 0, m2 = 0;
+  const auto each = [&](auto&& add) {
+    for (int64_t o = 0; o < f.outer; ++o)
+      for (int64_t i = 0; i < f.inner; ++i)
+        if (!mask || first_position[o * f.span + i]) add(static_cast<long double>(first[o * f.groups * f.inner + i]));
+  };
+  each([&](long double v) {
+    n += 1;
+    mean += v;
+  });
+  mean /= n;
+  each([&](long double v) { m2 += (v - mean) * (v - mean); });
   return double(1 / __builtin_sqrtl(m2 / n + eps));
 }
 
@@ -112,14 +117,14 @@ void forward(const ForwardArgs& a) {
   Scratch<Moments> found(s);
   // float64 in place: y must not be written before it is known that no variance overflowed.
   const bool twice = a.x.dtype == DType::f64 && a.x.data == a.y.data;
-  const ForwardPass pass{a.fold, a.x, a.weight, a.bias, twice ? Array() : a.y, nullptr, nullptr, found.get(), true, a.eps};
+  const ForwardPass pass{a.fold, a.x, a.weight, a.bias, twice ? Array() : a.y, a.mask, nullptr, nullptr, found.get(), true, a.eps};
   run(pass, a.epilogue);
   bool again = twice;
   for (int64_t i = 0; i < s; ++i) {
     a.mean[i] = pass.mean(i);
     a.rstd[i] = pass.rstd(i);
     if (a.x.dtype == DType::f64 && found[i].m2 > 1.7976931348623157e308) {
-      a.rstd[i] = rstd_wide(a.fold, a.x.as<const double>(), i, a.eps);
+      a.rstd[i] = rstd_wide(a.fold, a.x.as<const double>(), a.mask, i, a.eps);
       again = true;
     }
   }
@@ -157,7 +162,7 @@ void grad_sums(const GradSumsArgs& a) {
     return clear_gradients(f, a.dweight, a.dbias);
   }
   Scratch<GradSums> found(s);
-  const BackwardPass pass{f, a.dy, a.x, a.mean, a.rstd, a.weight, a.bias, found.get(), nullptr, nullptr, true, {}, {}};
+  const BackwardPass pass{f, a.dy, a.x, a.mean, a.rstd, a.weight, a.bias, found.get(), nullptr, nullptr, true, nullptr, nullptr, {}, {}};
   run(pass, a.epilogue);
   for (int64_t i = 0; i < s; ++i) {
     const double w = a.weight.get_or(i % f.groups, 1);
@@ -170,16 +175,22 @@ void grad_sums(const GradSumsArgs& a) {
 
 void grad_input(const GradInputArgs& a) {
   if (a.fold.size() == 0) return;
-  run(BackwardPass{a.fold, a.dy, a.x, a.mean, a.rstd, a.weight, a.bias, nullptr, a.cx, a.c0, !a.cx && !a.c0, a.dx,
-                   a.dresidual},
+  run(BackwardPass{a.fold, a.dy, a.x, a.mean, a.rstd, a.weight, a.bias, nullptr, a.cx, a.c0, !a.cx && !a.c0, a.mask,
+                   nullptr, a.dx, a.dresidual},
       a.epilogue);
 }
 
 void backward(const BackwardArgs& a) {
   if (a.fold.size() == 0) return clear_gradients(a.fold, a.dweight, a.dbias);
   Scratch<GradSums> found(a.fold.statistics());
-  const BackwardPass pass{a.fold,  a.dy,    a.x,     a.mean,     a.rstd, a.weight,   a.bias,
-                          found.get(), nullptr, nullptr, a.constant, a.dx,   a.dresidual};
+  Scratch<double> count(a.mask ? a.fold.batch : 0);
+  const int64_t positions = a.fold.outer * a.fold.span;  // of a batch entry
+  for (int64_t b = 0; a.mask && b < a.fold.batch; ++b) {
+    count[b] = 0;
+    for (int64_t i = 0; i < positions; ++i) count[b] += a.mask[b * positions + i] != 0;
+  }
+  const BackwardPass pass{a.fold,  a.dy,    a.x,        a.mean, a.rstd,      a.weight, a.bias,     found.get(),
+                          nullptr, nullptr, a.constant, a.mask, count.get(), a.dx,     a.dresidual};
   run(pass, a.epilogue);
   parameter_gradients(pass, a.dweight, a.dbias);
 }

@@ -57,9 +57,10 @@ template <class T>
 struct ColumnShape {
   int64_t groups, outer, repeat, columns, rows, rest, panels, chunk_rows, tile_rows, tiles;
 
-  explicit ColumnShape(const Fold& f) : groups(f.groups), outer(f.outer), repeat(1) {
+  // A row that a mask may leave out is a row of its own.
+  ColumnShape(const Fold& f, bool masked) : groups(f.groups), outer(f.outer), repeat(1) {
     constexpr int64_t width = Pack<T>::width;
-    while ((repeat * groups % width != 0 || repeat * groups < kPanel<float>) && groups < 1024 && repeat < width * 2 &&
+    while (!masked && (repeat * groups % width != 0 || repeat * groups < kPanel<float>) && groups < 1024 && repeat < width * 2 &&
            outer >= 16 * repeat)
       repeat *= 2;
     columns = repeat * groups;
@@ -429,6 +430,15 @@ struct Writes {
   }
 };
 
+// Rows of the tensor, cut where the mask changes: call(Block, counted). Null: all count.
+template <class Call>
+FN_INLINE void counted_rows(const uint8_t* mask, const Block& block, Call&& call) {
+  if (!mask) return call(block, true);
+  stretches(mask + block.offset / block.stride, block.rows, [&](int64_t begin, int64_t rows, bool counted) {
+    call(Block{block.offset + begin * block.stride, rows, block.columns, block.stride}, counted);
+  });
+}
+
 // A block's chunks: call(chunk, elements ahead to fetch).
 template <class T, class Call>
 FN_INLINE void chunks_of(const Block& block, int64_t chunk_rows, Call&& call) {
@@ -474,23 +484,26 @@ void forward_columns(const E& e, const ForwardPass& pass) {
   using R = Real<T>;
   using V = typename E::V;
   const Fold& f = pass.fold;
-  const ColumnShape<T> shape(f);
+  const ColumnShape<T> shape(f, pass.mask);
   const ColumnTasks<T> tasks(shape, f.batch);
   const int64_t tiles = shape.all_tiles(), vectors = shape.registers() * Pack<T>::parts;
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
   const Writes<T> writes(shape, f.batch, y, f.size() * int64_t(sizeof(T)) >= kStreamBytes);
   const int64_t sums = pass.takes_statistics() ? f.batch * tiles * shape.columns : 0;
-  Scratch<double> part_mean(sums), part_m2(sums);
+  Scratch<double> part_n(pass.takes_statistics() ? f.batch * tiles : 0), part_mean(sums), part_m2(sums);
   Scratch<ColumnAffine<V>> coefficients(y ? f.batch * vectors : 0);
 
   const auto settle_moments = [&](const typename ColumnTasks<T>::Settle& at) {
     // Tiles into the first, all columns with the same counts; then the copies of a column; then the rest.
     double* mean = part_mean.get() + at.b * tiles * shape.columns;
     double* m2 = part_m2.get() + at.b * tiles * shape.columns;
-    double n = double(shape.tile_height(0));
+    const double* count = part_n.get() + at.b * tiles;
+    double n = count[0];
     for (int64_t tile = 1; tile < shape.tiles; ++tile) {
-      const double more = double(shape.tile_height(tile)), share = more / (n + more), weight = n * share;
+      const double more = count[tile];
+      if (more == 0) continue;
+      const double share = more / (n + more), weight = n * share;
       for (int64_t j = at.begin; j < at.end; ++j) {
         const double delta = mean[tile * shape.columns + j] - mean[j];
         mean[j] += delta * share;
@@ -533,8 +546,12 @@ void forward_columns(const E& e, const ForwardPass& pass) {
         const auto at = tasks.at(i);
         if (at.block.columns == 0) return;
         PanelMoments<T> m;
-        chunks_of<T>(at.block, shape.chunk_rows,
-                     [&](const Block& chunk, int64_t ahead) { add_chunk(x, chunk, pass.center, ahead, m); });
+        chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
+          counted_rows(pass.mask, chunk, [&](const Block& rows, bool counted) {
+            if (counted) add_chunk(x, rows, pass.center, ahead, m);
+          });
+        });
+        if (at.panel == 0) part_n[at.b * tiles + at.tile] = m.n;
         const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
         to_columns<T>(m.mean, at.block.columns, part_mean.get() + to);
         to_columns<T>(m.m2, at.block.columns, part_m2.get() + to);
@@ -555,7 +572,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
   using R = Real<T>;
   using V = typename E::V;
   const Fold& f = pass.fold;
-  const ColumnShape<T> shape(f);
+  const ColumnShape<T> shape(f, pass.mask);
   const ColumnTasks<T> tasks(shape, f.batch);
   const int64_t tiles = shape.all_tiles(), vectors = shape.registers() * Pack<T>::parts;
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
@@ -564,7 +581,8 @@ void backward_columns(const E& e, const BackwardPass& pass) {
   const bool alike = !out.dresidual || to_alignment(out.dx) == to_alignment(out.dresidual);
   // Coefficients that do not wait for the sums: dx follows while the chunk is in cache.
   const bool known = pass.constant || pass.cx || pass.c0, at_once = pass.found && out.dx && known;
-  const Writes<T> writes(shape, f.batch, out.dx, alike && !at_once && f.size() * int64_t(sizeof(T)) >= kStreamBytes);
+  const bool own_rows = at_once || pass.mask;  // rows begin where the tensor's do
+  const Writes<T> writes(shape, f.batch, out.dx, alike && !own_rows && f.size() * int64_t(sizeof(T)) >= kStreamBytes);
   const int64_t sums = pass.found ? f.batch * tiles * shape.columns : 0;
   Scratch<double> part_u(sums), part_uz(sums);
   Scratch<ColumnGrad<V>> sum_coefficients(pass.found ? f.batch * vectors : 0), coefficients(out.dx ? f.batch * vectors : 0);
@@ -603,10 +621,14 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     }
   };
   const auto write = [&](const Block& block, const ColumnGrad<V>* g, bool past) {
-    if (pass.constant)
-      past ? grad_block<true, true>(e, dy, x, out, block, g) : grad_block<true, false>(e, dy, x, out, block, g);
-    else
-      past ? grad_block<false, true>(e, dy, x, out, block, g) : grad_block<false, false>(e, dy, x, out, block, g);
+    const auto write_rows = [&](const Block& some, bool corrected) {
+      if (corrected)
+        past ? grad_block<false, true>(e, dy, x, out, some, g) : grad_block<false, false>(e, dy, x, out, some, g);
+      else
+        past ? grad_block<true, true>(e, dy, x, out, some, g) : grad_block<true, false>(e, dy, x, out, some, g);
+    };
+    if (!pass.mask || pass.constant) return write_rows(block, !pass.constant);
+    counted_rows(pass.mask, block, write_rows);
   };
   const auto write_block = [&](int64_t b, const Block& block, bool past) {
     write(block, coefficients.get() + b * vectors, past);

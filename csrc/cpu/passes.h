@@ -10,9 +10,20 @@
 namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
+// A mask cuts a run of positions into stretches that count and stretches that do not: call(begin, length, counted).
+template <class Call>
+FN_INLINE void stretches(const uint8_t* mask, int64_t n, Call&& call) {
+  for (int64_t begin = 0, end; begin < n; begin = end) {
+    for (end = begin + 1; end < n && !mask[end] == !mask[begin]; ++end) {
+    }
+    call(begin, end - begin, mask[begin] != 0);
+  }
+}
+
 struct ForwardPass {
   Fold fold;
   Array x, weight, bias, y;  // no y: statistics only
+  const uint8_t* mask;       // of the statistics
   const double *given_mean, *given_rstd;  // null: taken from x
   Moments* found;                         // [S] out, unless given
   bool center;
@@ -21,7 +32,8 @@ struct ForwardPass {
   FN_INLINE bool takes_statistics() const { return !given_mean; }
   FN_INLINE double mean(int64_t s) const { return given_mean ? given_mean[s] : found[s].mean; }
   FN_INLINE double rstd(int64_t s) const {
-    return given_rstd ? given_rstd[s] : 1 / __builtin_sqrt(found[s].m2 / found[s].n + eps);
+    if (given_rstd) return given_rstd[s];
+    return 1 / __builtin_sqrt((found[s].n > 0 ? found[s].m2 / found[s].n : 0) + eps);
   }
   template <class R>
   FN_INLINE Affine<R> affine(int64_t s, int64_t c) const {
@@ -37,6 +49,8 @@ struct BackwardPass {
   GradSums* found;        // [S] out: Σu, Σu·z per statistic, unweighted; null: not taken
   const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
   bool constant;
+  const uint8_t* mask;    // where cx and c0 apply
+  const double* count;    // [batch]: elements that a statistic was taken over, where there is a mask
   Array dx, dresidual;    // no dx: sums only
 
   template <class R>
@@ -45,12 +59,12 @@ struct BackwardPass {
   }
   template <class R>
   FN_INLINE GradAffine<R> grad_affine(int64_t s, int64_t c) const {
-    const double w = weight.get_or(c, 1), n = double(fold.per_statistic());
+    const double w = weight.get_or(c, 1), n = count ? count[s / fold.groups] : double(fold.per_statistic());
     double x_hat = 0, one = 0;
     if (cx || c0) {
       x_hat = cx ? cx[s] : 0;
       one = c0 ? c0[s] : 0;
-    } else if (!constant) {
+    } else if (!constant && n > 0) {
       x_hat = -w * found[s].ux(lo<R>(s), rstd[s]) / n;
       one = -w * found[s].u / n;
     }

@@ -330,6 +330,18 @@ struct RowBlock {
   static FN_INLINE int64_t blocks(const Fold& f, int64_t block) { return f.batch * ((f.groups + block - 1) / block); }
 };
 
+// Runs of a slab, cut where the mask changes: call(Runs, counted).
+template <class Call>
+FN_INLINE void counted_runs(const uint8_t* mask, const Fold& f, int64_t s, const Runs& runs, Call&& call) {
+  const int64_t row = f.groups * f.inner;
+  for (int64_t k = 0; k < runs.count; ++k) {
+    const int64_t at = runs.offset + k * runs.stride, o = s / f.groups * f.outer + at / row;
+    stretches(mask + o * f.span + at % row, runs.length, [&](int64_t begin, int64_t length, bool counted) {
+      call(Runs{at + begin, 0, 1, length}, counted);
+    });
+  }
+}
+
 // Sums over all tiles of a block, merged tile by tile as the split path merges them. chunk(k, runs, ahead, Sum&) adds one.
 template <class Sum, class Chunk>
 FN_INLINE void sum_block(const RowTree& tree, int64_t count, int64_t slab_distance, Sum* total, Chunk&& chunk) {
@@ -372,6 +384,12 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
 
+  const auto add = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead, Moments& m) {
+    if (!pass.mask) return add_chunk(x + slab, r, pass.center, ahead, m);
+    counted_runs(pass.mask, f, s, r, [&](const Runs& stretch, bool counted) {
+      if (counted) add_chunk(x + slab, stretch, pass.center, 0, m);
+    });
+  };
   const auto apply_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
     const Affine<R> a = pass.affine<R>(s, s % f.groups);
@@ -397,7 +415,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
         const RowBlock block(f, plan.block, i);
         if (pass.takes_statistics())
           sum_block(tree, block.count, f.inner, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
-            add_chunk(x + block.offset + k * f.inner, r, pass.center, ahead, m);
+            add(block.first + k, block.offset + k * f.inner, r, ahead, m);
           });
         if (y && plan.staged) apply_staged(block);
         if (y && !plan.staged)  // backwards: what was read last is still in cache
@@ -413,7 +431,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
       team.each(slabs * tiles, [&](int64_t i) {
         const int64_t slab = RowBlock::slab_offset(f, i / tiles);
         part[i] = sum_tile<Moments>(tree, i % tiles, [&](const Runs& r, int64_t ahead, Moments& m) {
-          add_chunk(x + slab, r, pass.center, ahead, m);
+          add(i / tiles, slab, r, ahead, m);
         });
       });
       team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
@@ -442,19 +460,27 @@ void backward_rows(const E& e, const BackwardPass& pass) {
     return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups), coefficient<R>(pass.rstd[s]),
                            ahead);
   };
-  const auto write = [&](int64_t from, const GradOut<T>& to, const Runs& r, const Affine<R>& a,
-                         const GradAffine<R>& g, int64_t ahead) {
+  // Runs counted from element `from`, which is `position` elements into the slab of statistic s.
+  const auto write = [&](int64_t s, int64_t from, int64_t position, const GradOut<T>& to, const Runs& r,
+                         const Affine<R>& a, const GradAffine<R>& g, int64_t ahead) {
     const bool past = plan.streamed && !plan.staged;
-    if (pass.constant)
-      grad_runs<true>(e.at(from), dy + from, x + from, to, r, a, g, past, ahead);
-    else
-      grad_runs<false>(e.at(from), dy + from, x + from, to, r, a, g, past, ahead);
+    const auto write_runs = [&](const Runs& some, bool corrected) {
+      if (corrected)
+        grad_runs<false>(e.at(from), dy + from, x + from, to, some, a, g, past, ahead);
+      else
+        grad_runs<true>(e.at(from), dy + from, x + from, to, some, a, g, past, ahead);
+    };
+    if (!pass.mask || pass.constant) return write_runs(r, !pass.constant);
+    counted_runs(pass.mask, f, s, Runs{r.offset + position, r.stride, r.count, r.length}, [&](Runs some, bool counted) {
+      some.offset -= position;
+      write_runs(some, counted);
+    });
   };
   const auto write_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
     const Affine<R> a = pass.affine<R>(s, s % f.groups);
     const GradAffine<R> g = pass.grad_affine<R>(s, s % f.groups);
-    tree.segments(tile, [&](const Runs& r) { write(slab, out.at(slab), r, a, g, kAheadBytes / int64_t(sizeof(T))); });
+    tree.segments(tile, [&](const Runs& r) { write(s, slab, 0, out.at(slab), r, a, g, kAheadBytes / int64_t(sizeof(T))); });
   };
   const auto write_staged = [&](const RowBlock& block) {
     alignas(kLine) T stage[kStageBytes / sizeof(T)], residual_stage[kStageBytes / sizeof(T)];
@@ -469,7 +495,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
       const int64_t start = block.offset + o * row;
       for (int64_t k = 0; k < block.count; ++k) {
         const int64_t i = k * f.inner;
-        write(start + i, {stage + i, out.dresidual ? residual_stage + i : nullptr}, Runs{0, 0, 1, f.inner}, a[k], g[k], -row);
+        const GradOut<T> to{stage + i, out.dresidual ? residual_stage + i : nullptr};
+        write(block.first + k, start + i, o * row, to, Runs{0, 0, 1, f.inner}, a[k], g[k], -row);
       }
       put_elements(out.dx + start, stage, block.count * f.inner, plan.streamed);
       if (out.dresidual) put_elements(out.dresidual + start, residual_stage, block.count * f.inner, plan.streamed);

@@ -32,7 +32,7 @@ class PoolMemory:
     def __init__(self, bytes: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-def moments(fold: Fold, x: _Array, center: bool, count: _Array, mean: _Array, m2: _Array) -> None: ...
+def moments(fold: Fold, x: _Array, mask: _Optional, center: bool, count: _Array, mean: _Array, m2: _Array) -> None: ...
 def merge(
     before: int,
     axis: int,
@@ -64,6 +64,7 @@ def forward(
     running_mean: _Optional,
     running_var: _Optional,
     residual: _Optional,
+    mask: _Optional,
     y: _Array,
     mean: _Array,
     rstd: _Array,
@@ -83,6 +84,7 @@ def backward(
     weight: _Optional,
     bias: _Optional,
     residual: _Optional,
+    mask: _Optional,
     constant: bool,
     activation: int,
     slope: float,
@@ -120,6 +122,7 @@ def grad_input(
     slope: float,
     cx: _Optional,
     c0: _Optional,
+    mask: _Optional,
     dx: _Array,
     dresidual: _Optional,
 ) -> None: ...

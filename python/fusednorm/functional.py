@@ -132,6 +132,19 @@ def _alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
     return arrays.laid_out_like(a, laid_out)
 
 
+def _positions(mask: object, x: Array, axis: int) -> Array:
+    """The mask of x's positions, flat, in the order in which the dense array `x` holds them."""
+    mask = arrays.taken(mask, "mask")
+    expected = x.shape[: axis % x.ndim] + x.shape[axis % x.ndim + 1 :]
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask must be boolean, not {mask.dtype}")
+    if mask.shape != expected:
+        raise ValueError(f"mask must have x's shape without axis {axis}, {expected}, got {mask.shape}")
+    order = fold.memory_order(x.shape, x.strides, x.itemsize) or ()
+    full = np.expand_dims(mask, axis % x.ndim)
+    return np.ascontiguousarray(full.transpose((*order, *(a for a in range(x.ndim) if a not in order)))).ravel()
+
+
 def _output(out: Array | None, x: Array, laid_out: Array, inputs: Sequence[Array | None]) -> Array:
     """Where the kernel writes: `out` itself if it lies right, else a fresh array that `_deliver` copies from."""
     if out is None:
@@ -175,6 +188,7 @@ def _forward(
     residual: Array | None,
     activation: Activation,
     ghost: int | None,
+    mask: Array | None,
     out: Array | None,
 ) -> tuple[Array, Array, Array]:
     """`counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average."""
@@ -192,6 +206,7 @@ def _forward(
         raise ValueError("Expected running_mean and running_var to be defined when training=False")
     if residual is not None:
         residual = _alike(residual, "residual", given, x)
+    positions = None if mask is None else _positions(mask, x, axis)
     if out is None and residual is None:
         y = arrays.empty_like(x)
     else:
@@ -199,7 +214,7 @@ def _forward(
     if layout.ghosts is None:
         mean, rstd = np.empty(layout.channels), np.empty(layout.channels)
         _C.forward(
-            layout.fold, x, weight, bias, running_mean, running_var, residual, y, mean, rstd,
+            layout.fold, x, weight, bias, running_mean, running_var, residual, positions, y, mean, rstd,
             training, momentum, counted, eps, code, slope,
         )  # fmt: skip
         return y if out is None else _deliver(y, out), mean, rstd
@@ -208,7 +223,7 @@ def _forward(
     if not training:  # the running statistics serve every ghost batch alike
         whole = fold.batch(x.shape, fold.memory_order(x.shape, x.strides, x.itemsize) or (), axis % x.ndim)
         _C.forward(
-            whole, x, weight, bias, running_mean, running_var, residual, y, mean[0], rstd[0],
+            whole, x, weight, bias, running_mean, running_var, residual, None, y, mean[0], rstd[0],
             False, momentum, counted, eps, code, slope,
         ) if layout.ghosts else None  # fmt: skip
         mean[1:], rstd[1:] = mean[:1], rstd[:1]
@@ -216,7 +231,8 @@ def _forward(
     for part, fold_of_part, statistics in _parts(layout, x.ndim):
         _C.forward(
             fold_of_part, x[part], weight, bias, running_mean, running_var,
-            None if residual is None else residual[part], y[part], mean[statistics], rstd[statistics],
+            None if residual is None else residual[part], _part_of(positions, part, x), y[part],
+            mean[statistics], rstd[statistics],
             training, momentum, counted if counted < 0 else counted + statistics.start, eps, code, slope,
         )  # fmt: skip
     return _deliver(y, out), mean, rstd
@@ -230,6 +246,11 @@ def _parts(layout: _Layout, ndim: int) -> list[tuple[tuple[slice, ...], fold.Fol
     if layout.rest is not None:
         parts.append(((*before, slice(layout.split, None)), layout.rest, slice(full, full + 1)))
     return parts
+
+
+def _part_of(positions: Array | None, part: tuple[slice, ...], x: Array) -> Array | None:
+    """The positions of the samples in `part`; samples are the slowest axis of what has ghost batches."""
+    return None if positions is None else positions.reshape(x.shape[len(part) - 1], -1)[part[-1]].ravel()
 
 
 def batch_norm_forward(
@@ -246,6 +267,7 @@ def batch_norm_forward(
     residual: Array | None = None,
     activation: Activation = None,
     ghost_batch_size: int | None = None,
+    mask: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Batch normalization (Ioffe & Szegedy 2015): ``y = act((x − mean)·rstd·weight + bias + residual)``.
@@ -271,6 +293,9 @@ def batch_norm_forward(
     ghost_batch_size : int, optional
         Statistics over that many consecutive samples instead of the whole batch (Hoffer et al. 2017), as if called on
         each slice in turn; the last may be shorter.
+    mask : bool, shape of x without `axis`, optional
+        True where a position counts for the statistics; y is computed everywhere. A statistic over fewer than two
+        counted elements leaves the running ones as they are.
     out : like x, optional
         Where y goes, any strides. It may be x or residual itself; a backward needs the original x.
 
@@ -291,7 +316,7 @@ def batch_norm_forward(
     """
     return _forward(
         x, weight, bias, running_mean, running_var, training, momentum, -1, eps, axis, residual, activation,
-        ghost_batch_size, out,
+        ghost_batch_size, mask, out,
     )  # fmt: skip
 
 
@@ -308,12 +333,14 @@ def batch_norm(
     axis: int = 1,
     residual: Array | None = None,
     activation: Activation = None,
+    mask: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """Batch normalization in the order of ``torch.nn.functional.batch_norm``; see :func:`batch_norm_forward`."""
     return _forward(
-        x, weight, bias, running_mean, running_var, training, momentum, -1, eps, axis, residual, activation, None, out
-    )[0]
+        x, weight, bias, running_mean, running_var, training, momentum, -1, eps, axis, residual, activation, None, mask,
+        out,
+    )[0]  # fmt: skip
 
 
 def _statistics(a: object, name: str, shape: tuple[int, ...]) -> Array:
@@ -337,6 +364,7 @@ def batch_norm_backward(
     residual: Array | None = None,
     activation: Activation = None,
     ghost_batch_size: int | None = None,
+    mask: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, ...]:
     """Gradients of :func:`batch_norm_forward`.
@@ -345,7 +373,7 @@ def batch_norm_backward(
     ----------
     dy : like x
         Gradient with respect to y; its memory layout may differ from x's.
-    x, weight, bias, residual, axis, activation, ghost_batch_size
+    x, weight, bias, residual, axis, activation, ghost_batch_size, mask
         As in the forward. bias and residual serve to rebuild the activation's derivative; without an activation their
         values do not matter.
     mean, rstd : as returned by the forward
@@ -375,6 +403,7 @@ def batch_norm_backward(
     mean, rstd = _statistics(mean, "mean", shape), _statistics(rstd, "rstd", shape)
     if residual is not None:
         residual = _alike(residual, "residual", given, x)
+    positions = None if mask is None else _positions(mask, x, axis)
     dx = _output(out, given, x, (given, dy, residual, weight, bias))
     dresidual = None if residual is None else arrays.empty_like(x)
     default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
@@ -382,7 +411,7 @@ def batch_norm_backward(
     dbias = np.empty(layout.channels, default if bias is None else arrays.taken(bias, "bias").dtype)
     if layout.ghosts is None:
         _C.backward(
-            layout.fold, dy, x, mean, rstd, weight, bias, residual, not training, code, slope,
+            layout.fold, dy, x, mean, rstd, weight, bias, residual, positions, not training, code, slope,
             dx, dresidual, dweight, dbias,
         )  # fmt: skip
     else:
@@ -391,7 +420,8 @@ def batch_norm_backward(
         for i, (part, fold_of_part, statistics) in enumerate(_parts(layout, x.ndim)):
             _C.backward(
                 fold_of_part, dy[part], x[part], mean[statistics], rstd[statistics], weight, bias,
-                None if residual is None else residual[part], not training, code, slope, dx[part],
+                None if residual is None else residual[part], _part_of(positions, part, x), not training, code, slope,
+                dx[part],
                 None if dresidual is None else dresidual[part], sums[i, 0], sums[i, 1],
             )  # fmt: skip
         dweight[...], dbias[...] = sums[0] + sums[1]
@@ -434,7 +464,7 @@ def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, 
     shape = x.shape
     dense, _, folded, kept = _kept_first(x, reduced)
     count, mean, m2 = np.empty((3, folded.statistics))
-    _C.moments(folded, dense, True, count, mean, m2)
+    _C.moments(folded, dense, None, True, count, mean, m2)
     # From the fold's order of the kept axes to x's; axes of length 1 lie anywhere.
     full = tuple(a for a in range(x.ndim) if a not in kept)
     inverse = np.argsort((*kept, *full))

@@ -158,7 +158,9 @@ class BatchNorm:
     def running_var(self, value: Any) -> None:
         self._assign("running_var", value)
 
-    def __call__(self, x: Array, residual: Array | None = None, *, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
+    ) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`."""
         training, tracked = self.training, self.track_running_stats
         batch_statistics = training or not tracked
@@ -179,11 +181,12 @@ class BatchNorm:
             residual,
             self.activation,
             self.ghost_batch_size,
+            mask,
             out,
         )
         if training and tracked and y.size:
             self.num_batches_tracked += 1 if mean.ndim == 1 else mean.shape[0]
-        self._saved.call = (x, mean, rstd, batch_statistics, residual)
+        self._saved.call = (x, mean, rstd, batch_statistics, residual, mask)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Any:
@@ -194,7 +197,7 @@ class BatchNorm:
         saved = getattr(self._saved, "call", None)
         if saved is None:
             raise RuntimeError("backward needs a call of the layer before it; each call's state serves one backward")
-        x, mean, rstd, batch_statistics, residual = saved
+        x, mean, rstd, batch_statistics, residual, mask = saved
         dx, dweight, dbias, *dresidual = functional.batch_norm_backward(
             dy,
             x,
@@ -207,6 +210,7 @@ class BatchNorm:
             residual=residual,
             activation=self.activation,
             ghost_batch_size=self.ghost_batch_size,
+            mask=mask,
             out=out,
         )
         self._saved.call = None

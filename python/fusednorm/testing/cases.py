@@ -856,8 +856,7 @@ CASES: tuple[Case, ...] = (
     *_epilogue_cases(),
     *_parameter_cases(),
     *_ghost_cases(),
+    *_mask_cases(),
     *_numerics_cases(),
 )
-# The reference takes masks; the kernels do not yet.
-MASKED: tuple[Case, ...] = tuple(_mask_cases())
 BENCH: tuple[Case, ...] = tuple(_bench_cases())
