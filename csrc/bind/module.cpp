@@ -1,5 +1,5 @@
-// The one door between Python and the verbs: arrays become core::Array, one m.def per verb, the GIL released while a verb
-// runs. Everything a verb indexes with is checked here, in the words Python users see; nothing is computed here.
+// The one door between Python and the verbs: arrays become core::Array, one m.def per verb, the GIL released while a
+// verb runs. Everything a verb indexes with is checked here, in the words Python users see; nothing is computed here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -74,17 +74,18 @@ Array tensor(py::handle h, const char* name, int64_t size, bool written, const A
   return {const_cast<void*>(data), *dtype, kCpu};
 }
 
-// A parameter or statistic: one number a channel. Strided or byte-swapped ones travel through a copy, and back if written.
+// A parameter or statistic: one number a channel. Strided or byte-swapped ones travel through a copy, and back if
+// written.
 class Vector {
  public:
   Vector(py::handle h, const char* name, int64_t size, bool written = false) {
     if (h.is_none()) return;
     py::array a = as_array(h, name);
     expect_size(name, size, a.size());
-    if (a.ndim() != 1) throw py::value_error(std::string(name) + " must have one axis, not " + std::to_string(a.ndim()));
+    if (a.ndim() != 1)
+      throw py::value_error(std::string(name) + " must have one axis, not " + std::to_string(a.ndim()));
     if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
-    const bool plain = a.flags() & py::array::c_style &&
-                       a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    const bool plain = a.flags() & py::array::c_style && a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     if (!plain || a.dtype().byteorder() == '>') {
       if (written) original_ = a;
       a = a.attr("astype")(a.dtype().attr("newbyteorder")("="), py::arg("order") = "C");
@@ -138,13 +139,14 @@ void expect_loops(const Fold& f) {
 }
 
 template <class Verb, class Args>
-void call(Verb Backend::*verb, const Args& args) {
+void call(Verb Backend::* verb, const Args& args) {
   const Backend& backend = cpu::backend();
   py::gil_scoped_release released;
   (backend.*verb)(args);
 }
 
-void moments(const Fold& f, py::handle x, py::handle mask, bool center, py::handle count, py::handle mean, py::handle m2) {
+void moments(const Fold& f, py::handle x, py::handle mask, bool center, py::handle count, py::handle mean,
+             py::handle m2) {
   expect_loops(f);
   const int64_t s = f.statistics();
   call(&Backend::moments,
@@ -169,15 +171,15 @@ void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py
   const Vector w(weight, "weight", f.channels()), b(bias, "bias", f.channels());
   const int64_t s = f.statistics();
   call(&Backend::normalize,
-       NormalizeArgs{f, in, statistics(mean, "mean", s, false), statistics(rstd, "rstd", s, false), w.array(), b.array(),
-                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+       NormalizeArgs{f, in, statistics(mean, "mean", s, false), statistics(rstd, "rstd", s, false), w.array(),
+                     b.array(), epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                      tensor(y, "out", f.size(), true, &in)});
 }
 
 void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py::handle running_mean,
-             py::handle running_var, py::handle residual, py::handle mask, py::handle y, py::handle mean, py::handle rstd,
-             bool training,
-             double momentum, int64_t counted, double eps, int activation, double slope) {
+             py::handle running_var, py::handle residual, py::handle mask, py::handle y, py::handle mean,
+             py::handle rstd, bool training, double momentum, int64_t counted, double eps, int activation,
+             double slope) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
   const int64_t c = f.channels(), s = f.statistics();
@@ -190,18 +192,11 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
          "Expected more than 1 value per channel when training");
   double *m = statistics(mean, "mean", s, true), *r = statistics(rstd, "rstd", s, true);
   expect(m && r, "mean and rstd must be given");
-  call(&Backend::forward, ForwardArgs{f,
-                                      in,
-                                      w.array(),
-                                      b.array(),
-                                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                                      mask_of(mask, f),
-                                      eps,
-                                      training,
-                                      RunningArgs{rm.array(), rv.array(), momentum, counted},
-                                      m,
-                                      r,
-                                      tensor(y, "out", f.size(), true, &in)});
+  call(&Backend::forward,
+       ForwardArgs{f, in, w.array(), b.array(),
+                   epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)), mask_of(mask, f),
+                   eps, training, RunningArgs{rm.array(), rv.array(), momentum, counted}, m, r,
+                   tensor(y, "out", f.size(), true, &in)});
   if (training) {
     rm.write_back();
     rv.write_back();
@@ -209,19 +204,18 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
 }
 
 void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
-              py::handle bias, py::handle residual, py::handle mask, bool constant, int activation, double slope, py::handle dx,
-              py::handle dresidual, py::handle dweight, py::handle dbias) {
+              py::handle bias, py::handle residual, py::handle mask, bool constant, int activation, double slope,
+              py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c), b(bias, "bias", c), dw(dweight, "dweight", c, true), db(dbias, "dbias", c, true);
   const double *m = statistics(mean, "mean", s, false), *r = statistics(rstd, "rstd", s, false);
   expect(m && r && dw.array() && db.array(), "mean, rstd, dweight and dbias must be given");
-  call(&Backend::backward,
-       BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
-                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)), mask_of(mask, f), constant,
-                    tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in),
-                    dw.array(), db.array()});
+  call(&Backend::backward, BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
+                                        epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                                        mask_of(mask, f), constant, tensor(dx, "out", f.size(), true, &in),
+                                        tensor(dresidual, "dresidual", f.size(), true, &in), dw.array(), db.array()});
   dw.write_back();
   db.write_back();
 }
@@ -324,8 +318,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("per_statistic", [](const Fold& f) { return f.per_statistic(); })
       .def_property_readonly("channels", [](const Fold& f) { return f.channels(); })
       .def("__repr__", [](const Fold& f) {
-        return "Fold(batch=" + std::to_string(f.batch) + ", outer=" + std::to_string(f.outer) + ", groups=" +
-               std::to_string(f.groups) + ", inner=" + std::to_string(f.inner) + ", span=" + std::to_string(f.span) + ")";
+        return "Fold(batch=" + std::to_string(f.batch) + ", outer=" + std::to_string(f.outer) +
+               ", groups=" + std::to_string(f.groups) + ", inner=" + std::to_string(f.inner) +
+               ", span=" + std::to_string(f.span) + ")";
       });
 
   py::class_<PoolMemory>(m, "PoolMemory", py::buffer_protocol(), "Memory of the output pool.")
@@ -340,15 +335,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("normalize", &normalize, arg("fold"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
         arg("residual"), arg("activation"), arg("slope"), arg("y"));
   m.def("forward", &forward, arg("fold"), arg("x"), arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"),
-        arg("residual"), arg("mask"), arg("y"), arg("mean"), arg("rstd"), arg("training"), arg("momentum"), arg("counted"), arg("eps"),
-        arg("activation"), arg("slope"));
+        arg("residual"), arg("mask"), arg("y"), arg("mean"), arg("rstd"), arg("training"), arg("momentum"),
+        arg("counted"), arg("eps"), arg("activation"), arg("slope"));
   m.def("backward", &backward, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
-        arg("residual"), arg("mask"), arg("constant"), arg("activation"), arg("slope"), arg("dx"), arg("dresidual"), arg("dweight"),
-        arg("dbias"));
+        arg("residual"), arg("mask"), arg("constant"), arg("activation"), arg("slope"), arg("dx"), arg("dresidual"),
+        arg("dweight"), arg("dbias"));
   m.def("grad_sums", &grad_sums, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
         arg("residual"), arg("activation"), arg("slope"), arg("s1"), arg("s2"), arg("dweight"), arg("dbias"));
-  m.def("grad_input", &grad_input, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
-        arg("residual"), arg("activation"), arg("slope"), arg("cx"), arg("c0"), arg("mask"), arg("dx"), arg("dresidual"));
+  m.def("grad_input", &grad_input, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"),
+        arg("bias"), arg("residual"), arg("activation"), arg("slope"), arg("cx"), arg("c0"), arg("mask"), arg("dx"),
+        arg("dresidual"));
 
   m.def("copy", &copy, arg("to"), arg("from"));
 

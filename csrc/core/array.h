@@ -1,5 +1,5 @@
-// Array: a borrowed pointer with its element type and device. Null data means "not given". The caller of a verb owns the
-// memory and keeps it alive until the verb returns (on a GPU: until the stream has passed it).
+// Array: a borrowed pointer with its element type and device. Null data means "not given". The caller of a verb owns
+// the memory and keeps it alive until the verb returns (on a GPU: until the stream has passed it).
 #pragma once
 
 #include "core/dtype.h"

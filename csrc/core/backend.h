@@ -23,8 +23,9 @@ struct EpilogueArgs {
 // Running statistics [C], changed in place once for each of the fold's batch entries, in turn.
 struct RunningArgs {
   Array mean, var;
-  double momentum = 0;      // weight of the new value
-  int64_t counted = -1;     // ≥ 0: batches seen so far; the k-th new value then weighs 1/(counted + k), a cumulative average
+  double momentum = 0;  // weight of the new value
+  int64_t counted =
+      -1;  // ≥ 0: batches seen so far; the k-th new value then weighs 1/(counted + k), a cumulative average
 };
 
 struct MomentsArgs {

@@ -77,7 +77,7 @@ FN_INLINE f16 from_real<f16>(float x) {
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
   if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
   if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and above round to infinity
-  if (magnitude < 0x38800000) {                                    // below 2^-14: a multiple of 2^-24, rounded by an addition
+  if (magnitude < 0x38800000) {  // below 2^-14: a multiple of 2^-24, rounded by an addition
     const float sum = bit_cast<float>(magnitude) + 0.5f;
     return {uint16_t(sign | (bit_cast<uint32_t>(sum) - 0x3f000000))};
   }

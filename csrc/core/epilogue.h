@@ -2,8 +2,8 @@
 //
 //     y = act(pre)        pre = weight·x̂ + bias + residual = (x − hi)·scale + shift + residual
 //
-// Written for any "real" V: a scalar on a GPU, a native vector on a CPU. A backend supplies M, the mathematics of its V:
-// M::select(mask, a, b), M::exp(v), M::tanh(v).
+// Written for any "real" V: a scalar on a GPU, a native vector on a CPU. A backend supplies M, the mathematics of its
+// V: M::select(mask, a, b), M::exp(v), M::tanh(v).
 #pragma once
 
 #include "core/inline.h"
@@ -19,8 +19,8 @@ struct Affine {
   R hi, scale, shift;
 };
 
-// hi for this mean. x − hi overflows where σ itself nears the largest number: then hi = 0 and the whole mean goes into the
-// shift.
+// hi for this mean. x − hi overflows where σ itself nears the largest number: then hi = 0 and the whole mean goes into
+// the shift.
 template <class R>
 FN_INLINE R pivot(double mean, double rstd) {
   return rstd < (sizeof(R) == 4 ? 3e-35 : 1e-304) ? R(0) : R(mean);

@@ -1,7 +1,7 @@
 // GradSums: what a backward pass must know about a statistic or a channel before it can write one element of dx.
 //
-// With u = dy·act'(pre) and x̂ = (x − mean)·rstd, the two sums are Σu and Σu·x̂. The loops take hi off, not the mean, and
-// hold z = (x − hi)·rstd = x̂ + lo·rstd; lo is put right here, on single numbers, in float64.
+// With u = dy·act'(pre) and x̂ = (x − mean)·rstd, the two sums are Σu and Σu·x̂. The loops take hi off, not the mean,
+// and hold z = (x − hi)·rstd = x̂ + lo·rstd; lo is put right here, on single numbers, in float64.
 #pragma once
 
 #include "core/epilogue.h"

@@ -1,13 +1,13 @@
 // Moments of a set of numbers: how many, their mean, and the sum of squared deviations from it.
 //
-// `push` is Welford's recurrence (1962); `merge` is its generalization by Chan, Golub & LeVeque (1979); `add` is Welford's
-// step for a block of numbers at once, and what the kernels spend their time on:
+// `push` is Welford's recurrence (1962); `merge` is its generalization by Chan, Golub & LeVeque (1979); `add` is
+// Welford's step for a block of numbers at once, and what the kernels spend their time on:
 //
 //     s = Σ(x − mean)    q = Σ(x − mean)²    mean += s/(n + k)    m2 += q − s²/(n + k)
 //
-// Since s² ≤ k·q, the subtraction takes away at most k/(n + k) of q: with a block no larger than what came before it, never
-// more than half, whatever the data. (E[x²] − E[x]² is the same with mean = 0: it loses all digits once mean/σ reaches 10⁴
-// in float32, and is formed nowhere.)
+// Since s² ≤ k·q, the subtraction takes away at most k/(n + k) of q: with a block no larger than what came before it,
+// never more than half, whatever the data. (E[x²] − E[x]² is the same with mean = 0: it loses all digits once mean/σ
+// reaches 10⁴ in float32, and is formed nowhere.)
 #pragma once
 
 #include "core/inline.h"

@@ -40,7 +40,8 @@ void moments(const MomentsArgs& a) {
   const int64_t s = a.fold.statistics();
   Scratch<Moments> found(s);
   for (int64_t i = 0; i < s; ++i) found[i] = Moments();
-  if (a.fold.size() > 0) run(ForwardPass{a.fold, a.x, {}, {}, {}, a.mask, nullptr, nullptr, found.get(), a.center, 0}, {});
+  if (a.fold.size() > 0)
+    run(ForwardPass{a.fold, a.x, {}, {}, {}, a.mask, nullptr, nullptr, found.get(), a.center, 0}, {});
   for (int64_t i = 0; i < s; ++i) {
     a.count[i] = found[i].n;
     a.mean[i] = found[i].mean;
@@ -67,7 +68,8 @@ void normalize(const NormalizeArgs& a) {
   run(ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, a.mean, a.rstd, nullptr, true, 0}, a.epilogue);
 }
 
-// New running value: old + weight·(new − old), rounded to its type after each of the batch entries, as calls in turn would.
+// New running value: old + weight·(new − old), rounded to its type after each of the batch entries, as calls in turn
+// would.
 void update_running(const RunningArgs& running, const Fold& f, const Moments* found) {
   for (int64_t c = 0; c < f.groups; ++c)
     for (int64_t b = 0; b < f.batch; ++b) {
@@ -117,7 +119,8 @@ void forward(const ForwardArgs& a) {
   Scratch<Moments> found(s);
   // float64 in place: y must not be written before it is known that no variance overflowed.
   const bool twice = a.x.dtype == DType::f64 && a.x.data == a.y.data;
-  const ForwardPass pass{a.fold, a.x, a.weight, a.bias, twice ? Array() : a.y, a.mask, nullptr, nullptr, found.get(), true, a.eps};
+  const ForwardPass pass{a.fold,  a.x,         a.weight, a.bias, twice ? Array() : a.y, a.mask, nullptr,
+                         nullptr, found.get(), true,     a.eps};
   run(pass, a.epilogue);
   bool again = twice;
   for (int64_t i = 0; i < s; ++i) {
@@ -162,7 +165,8 @@ void grad_sums(const GradSumsArgs& a) {
     return clear_gradients(f, a.dweight, a.dbias);
   }
   Scratch<GradSums> found(s);
-  const BackwardPass pass{f, a.dy, a.x, a.mean, a.rstd, a.weight, a.bias, found.get(), nullptr, nullptr, true, nullptr, nullptr, {}, {}};
+  const BackwardPass pass{f,       a.dy,    a.x,  a.mean,  a.rstd,  a.weight, a.bias, found.get(),
+                          nullptr, nullptr, true, nullptr, nullptr, {},       {}};
   run(pass, a.epilogue);
   for (int64_t i = 0; i < s; ++i) {
     const double w = a.weight.get_or(i % f.groups, 1);
@@ -210,7 +214,7 @@ void copy(const CopyArgs& a) {
 }  // namespace
 
 extern const Backend backend;
-const Backend backend{FN_NAME(FUSEDNORM_ISA), moments, merge, normalize, grad_sums, grad_input,
-                      forward, backward, copy};
+const Backend backend{
+    FN_NAME(FUSEDNORM_ISA), moments, merge, normalize, grad_sums, grad_input, forward, backward, copy};
 
 }  // namespace fusednorm::cpu::FUSEDNORM_ISA

@@ -1,12 +1,12 @@
 // Columns: memory in which neighbours belong to different statistics and channels (channels last, (N, C)).
 //
-// A batch entry is a matrix of `outer` rows and `groups` columns. It is cut, by its shape alone, into tiles of rows (the
-// unit of work), panels of columns (1 KB of a row) and chunks (a few rows of a panel, float32 sums), and each column of a
-// chunk is taken into its tile's moments, vectorized over the columns.
+// A batch entry is a matrix of `outer` rows and `groups` columns. It is cut, by its shape alone, into tiles of rows
+// (the unit of work), panels of columns (1 KB of a row) and chunks (a few rows of a panel, float32 sums), and each
+// column of a chunk is taken into its tile's moments, vectorized over the columns.
 //
 // Few or odd columns are seen as more: the matrix is contiguous, so `repeat` rows of it are one row of repeat·groups
-// columns, as wide as whole registers want it. The copies of a column are merged at the end; the rows that are left over
-// are one more, narrow, tile.
+// columns, as wide as whole registers want it. The copies of a column are merged at the end; the rows that are left
+// over are one more, narrow, tile.
 //
 // Coefficients lie in lane order (simd.h): all that a register of columns needs, side by side, register after register.
 #pragma once
@@ -20,14 +20,12 @@ namespace {
 
 constexpr int kPanelBytes = 1024;  // of one row
 constexpr int64_t kChunkElements = 8192, kTileElements = 262144, kMaxTiles = 128, kWriteElements = 32768;
-// Rows that share one load of a column's accumulators, and of its coefficients where results are written: few enough there
-// for memory to be walked nearly in order.
-constexpr int kSumStep = 8, kWriteStep = 1;
+constexpr int kSumStep = 4;  // rows that share one load of a column's accumulators
 
 template <class T>
 constexpr int kPanel = kPanelBytes / int(sizeof(T));  // columns
 template <class T>
-constexpr int kPanelVectors = kPanel<T> / Pack<T>::width* Pack<T>::parts;
+constexpr int kPanelVectors = kPanel<T> / Pack<T>::width * Pack<T>::parts;
 template <class R>
 constexpr int kWide = sizeof(R) == 8 ? 1 : 2;  // float64 vectors that a vector of R becomes
 
@@ -60,8 +58,8 @@ struct ColumnShape {
   // A row that a mask may leave out is a row of its own.
   ColumnShape(const Fold& f, bool masked) : groups(f.groups), outer(f.outer), repeat(1) {
     constexpr int64_t width = Pack<T>::width;
-    while (!masked && (repeat * groups % width != 0 || repeat * groups < kPanel<float>) && groups < 1024 && repeat < width * 2 &&
-           outer >= 16 * repeat)
+    while (!masked && (repeat * groups % width != 0 || repeat * groups < kPanel<float>) && groups < 1024 &&
+           repeat < width * 2 && outer >= 16 * repeat)
       repeat *= 2;
     columns = repeat * groups;
     rows = outer / repeat;
@@ -86,7 +84,11 @@ struct ColumnShape {
     const int64_t wide = tile == tiles ? groups : columns, left = wide - panel * kPanel<T>;
     return {b * outer * groups + tile * tile_rows * columns * (tile < tiles) + rows * columns * (tile == tiles) +
                 panel * kPanel<T>,
-            tile_height(tile), left < 0 ? 0 : left < kPanel<T> ? left : kPanel<T>, wide};
+            tile_height(tile),
+            left < 0           ? 0
+            : left < kPanel<T> ? left
+                               : kPanel<T>,
+            wide};
   }
 };
 
@@ -248,8 +250,8 @@ FN_INLINE void to_columns(const D* vectors, int64_t columns, double* out) {
         if (j < columns) out[j] = vectors[vector][lane % kLanes<double>];
       }
 }
-// Calls set(register, lane, channel) for the columns [begin, end), which begin at the channel `turn`. Columns beyond the last
-// are given a channel too: registers are filled whole.
+// Calls set(register, lane, channel) for the columns [begin, end), which begin at the channel `turn`. Columns beyond
+// the last are given a channel too: registers are filled whole.
 template <class T, class Set>
 FN_INLINE void for_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Set&& set) {
   constexpr int64_t width = Pack<T>::width;
@@ -391,9 +393,9 @@ template <bool kConstant, bool kStream, class E>
   }
 }
 
-// What is written, as memory lies: a batch entry is contiguous and its coefficients repeat every `columns` elements, from
-// any element on. So its rows are taken to begin at `head`, the first element that a register can be streamed to; what lies
-// before is done one by one, and the coefficients are turned by as much.
+// What is written, as memory lies: a batch entry is contiguous and its coefficients repeat every `columns` elements,
+// from any element on. So its rows are taken to begin at `head`, the first element that a register can be streamed to;
+// what lies before is done one by one, and the coefficients are turned by as much.
 template <class T>
 struct Writes {
   const ColumnShape<T>& shape;
@@ -418,7 +420,8 @@ struct Writes {
   template <class BlockCall, class ElementCall>
   FN_INLINE void each(int64_t i, BlockCall&& block, ElementCall&& element) const {
     const int64_t b = (tasks - 1 - i) / tasks_each, task = (tasks - 1 - i) % tasks_each, start = b * size;
-    const int64_t before = head(b), rows = (size - before) / shape.columns, first = task * rows_each, left = rows - first;
+    const int64_t before = head(b), rows = (size - before) / shape.columns, first = task * rows_each,
+                  left = rows - first;
     if (task < tasks_each - 1) {
       const int64_t offset = start + before + first * shape.columns;
       if (left > 0) block(b, Block{offset, left < rows_each ? left : rows_each, shape.columns, shape.columns}, past(b));
@@ -448,8 +451,8 @@ FN_INLINE void chunks_of(const Block& block, int64_t chunk_rows, Call&& call) {
   }
 }
 
-// Tasks of both passes. Sums: a panel of a tile of a batch entry. Between the sweeps, the columns to settle: by panel, or
-// all at once where the copies of a column lie in different panels.
+// Tasks of both passes. Sums: a panel of a tile of a batch entry. Between the sweeps, the columns to settle: by panel,
+// or all at once where the copies of a column lie in different panels.
 template <class T>
 struct ColumnTasks {
   const ColumnShape<T>& shape;
@@ -585,7 +588,8 @@ void backward_columns(const E& e, const BackwardPass& pass) {
   const Writes<T> writes(shape, f.batch, out.dx, alike && !own_rows && f.size() * int64_t(sizeof(T)) >= kStreamBytes);
   const int64_t sums = pass.found ? f.batch * tiles * shape.columns : 0;
   Scratch<double> part_u(sums), part_uz(sums);
-  Scratch<ColumnGrad<V>> sum_coefficients(pass.found ? f.batch * vectors : 0), coefficients(out.dx ? f.batch * vectors : 0);
+  Scratch<ColumnGrad<V>> sum_coefficients(pass.found ? f.batch * vectors : 0),
+      coefficients(out.dx ? f.batch * vectors : 0);
 
   // What the sums need, and with `all` what dx needs besides.
   const auto settle = [&](ColumnGrad<V>* g, const typename ColumnTasks<T>::Settle& at, int64_t turn, bool all) {

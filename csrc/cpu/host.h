@@ -6,7 +6,8 @@
 
 namespace fusednorm::cpu {
 
-// Threads a call may use now: set_num_threads, OpenMP's own limit (OMP_NUM_THREADS, threadpoolctl), 1 in a forked child.
+// Threads a call may use now: set_num_threads, OpenMP's own limit (OMP_NUM_THREADS, threadpoolctl), 1 in a forked
+// child.
 int threads();
 void set_threads(int n);
 

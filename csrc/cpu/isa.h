@@ -16,8 +16,8 @@ struct Level {
 // Best first.
 const std::vector<Level>& levels();
 
-// Chosen at the first call: the best this machine runs, or the one that FUSEDNORM_ISA names (std::invalid_argument where
-// it is unknown or not to be run here).
+// Chosen at the first call: the best this machine runs, or the one that FUSEDNORM_ISA names (std::invalid_argument
+// where it is unknown or not to be run here).
 const Backend& backend();
 // For tests and `fusednorm selftest`; throws as above.
 void select(const std::string& name);

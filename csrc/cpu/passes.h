@@ -1,5 +1,6 @@
-// What a loop nest is asked to do. A verb is one of the two passes with parts left out, so each nest (rows.h, columns.h)
-// is written once: `moments` is a forward that stores no y, `normalize` one that takes no statistics, and so on.
+// What a loop nest is asked to do. A verb is one of the two passes with parts left out, so each nest (rows.h,
+// columns.h) is written once: `moments` is a forward that stores no y, `normalize` one that takes no statistics, and so
+// on.
 #pragma once
 
 #include "core/backend.h"
@@ -22,8 +23,8 @@ FN_INLINE void stretches(const uint8_t* mask, int64_t n, Call&& call) {
 
 struct ForwardPass {
   Fold fold;
-  Array x, weight, bias, y;  // no y: statistics only
-  const uint8_t* mask;       // of the statistics
+  Array x, weight, bias, y;               // no y: statistics only
+  const uint8_t* mask;                    // of the statistics
   const double *given_mean, *given_rstd;  // null: taken from x
   Moments* found;                         // [S] out, unless given
   bool center;
@@ -49,9 +50,9 @@ struct BackwardPass {
   GradSums* found;        // [S] out: Σu, Σu·z per statistic, unweighted; null: not taken
   const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
   bool constant;
-  const uint8_t* mask;    // where cx and c0 apply
-  const double* count;    // [batch]: elements that a statistic was taken over, where there is a mask
-  Array dx, dresidual;    // no dx: sums only
+  const uint8_t* mask;  // where cx and c0 apply
+  const double* count;  // [batch]: elements that a statistic was taken over, where there is a mask
+  Array dx, dresidual;  // no dx: sums only
 
   template <class R>
   FN_INLINE Affine<R> affine(int64_t s, int64_t c) const {
@@ -76,8 +77,8 @@ struct BackwardPass {
   }
 };
 
-// The epilogue as the loops see it: identity and ReLU known at compile time, any other activation a call for each vector,
-// so that the loops are compiled three times, not six.
+// The epilogue as the loops see it: identity and ReLU known at compile time, any other activation a call for each
+// vector, so that the loops are compiled three times, not six.
 enum class Kind { identity, relu, any };
 
 template <class V, class R>

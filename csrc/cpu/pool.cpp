@@ -11,8 +11,8 @@
 namespace fusednorm::cpu {
 namespace {
 
-constexpr size_t kPage = size_t(2) << 20;   // a huge page
-constexpr size_t kCap = size_t(1) << 30;    // bytes kept at most
+constexpr size_t kPage = size_t(2) << 20;  // a huge page
+constexpr size_t kCap = size_t(1) << 30;   // bytes kept at most
 size_t rounded(size_t bytes) {
   const size_t unit = bytes < 4 * kPage ? kPage / 8 : kPage;
   return (bytes + unit - 1) / unit * unit;

@@ -1,8 +1,8 @@
 // The output pool: memory of outputs that were freed, kept for the next ones.
 //
-// A fresh large array costs more than the kernel that fills it: every call would fault its pages in anew. Blocks here are
-// page-aligned, advised to use huge pages, handed out again to the next request of about their size, and given back to the
-// system beyond a cap. Thread-safe; survives fork.
+// A fresh large array costs more than the kernel that fills it: every call would fault its pages in anew. Blocks here
+// are page-aligned, advised to use huge pages, handed out again to the next request of about their size, and given back
+// to the system beyond a cap. Thread-safe; survives fork.
 #pragma once
 
 #include <cstddef>

@@ -4,8 +4,8 @@
 // elements (float32 sums) and tiles of 32 chunks (the unit of work when a slab is shared among threads). The tree of
 // merges follows that cut, not the threads, so the bits do too.
 //
-// Fused: a thread takes a whole slab, and the second sweep finds x in cache; memory is read once. Where there are too few
-// slabs for the threads, the tiles are shared instead, with a barrier between the sweeps.
+// Fused: a thread takes a whole slab, and the second sweep finds x in cache; memory is read once. Where there are too
+// few slabs for the threads, the tiles are shared instead, with a barrier between the sweeps.
 #pragma once
 
 #include "cpu/passes.h"
@@ -16,11 +16,11 @@ namespace {
 
 constexpr int64_t kChunk = 1024, kTile = 32;
 // Results of shorter runs than kStageBelow bytes are put together in L1, from neighbouring slabs, and leave it as whole
-// lines: written run by run, each in another page, they cost up to 4 times as much, and past the caches 10 times. Tensors
-// below kStageFrom bytes lie in L2 anyway.
+// lines: written run by run, each in another page, they cost up to 4 times as much, and past the caches 10 times.
+// Tensors below kStageFrom bytes lie in L2 anyway.
 constexpr int64_t kStageBelow = 3072, kStageBytes = 8192, kStageFrom = 1 << 20;
 constexpr int64_t kAheadBytes = 4096;  // that a sweep of writes fetches ahead
-constexpr int64_t kMaxBlock = 32;  // slabs a thread takes at once, neighbours in memory
+constexpr int64_t kMaxBlock = 32;      // slabs a thread takes at once, neighbours in memory
 
 struct Runs {
   int64_t offset, stride, count, length;  // elements
@@ -120,8 +120,8 @@ template <class T>
   return {n, double(mean), double(m2)};
 }
 
-// Σ(x − hi) and Σ(x − hi)² over the runs. `ahead`: distance in elements to the chunk that is read next, fetched while this
-// one is.
+// Σ(x − hi) and Σ(x − hi)² over the runs. `ahead`: distance in elements to the chunk that is read next, fetched while
+// this one is.
 struct Deviations {
   double sum, squares;
 };
@@ -167,8 +167,8 @@ FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, 
 
 // One element's u = dy·act'(pre), as the sums and as dx need it.
 template <class E, class There, class A>
-FN_INLINE Lanes<typename E::Element> load_u(const E& e, const typename E::Element* dy, const Lanes<typename E::Element>& x,
-                                            const A& a, int64_t i, There there) {
+FN_INLINE Lanes<typename E::Element> load_u(const E& e, const typename E::Element* dy,
+                                            const Lanes<typename E::Element>& x, const A& a, int64_t i, There there) {
   using T = typename E::Element;
   using V = typename E::V;
   Lanes<T> u = load(dy + i, there);
@@ -199,8 +199,8 @@ template <class E>
   return {sum.sum(), product.sum()};
 }
 
-// Calls step(index, Whole or Part, streamed?) over n elements; with `streamed`, full registers go past the caches from the
-// first aligned address of `out` on.
+// Calls step(index, Whole or Part, streamed?) over n elements; with `streamed`, full registers go past the caches from
+// the first aligned address of `out` on.
 template <class T, class Step>
 FN_INLINE void sweep_out(const T* out, int64_t n, bool streamed, Step&& step) {
   constexpr int64_t width = Pack<T>::width;
@@ -288,7 +288,7 @@ template <bool kConstant, class E>
 
 // How the slabs are handed to threads.
 struct RowPlan {
-  int64_t block;   // slabs a thread takes at once
+  int64_t block;  // slabs a thread takes at once
   bool fused, streamed, staged;
   int threads;
 
@@ -336,13 +336,13 @@ FN_INLINE void counted_runs(const uint8_t* mask, const Fold& f, int64_t s, const
   const int64_t row = f.groups * f.inner;
   for (int64_t k = 0; k < runs.count; ++k) {
     const int64_t at = runs.offset + k * runs.stride, o = s / f.groups * f.outer + at / row;
-    stretches(mask + o * f.span + at % row, runs.length, [&](int64_t begin, int64_t length, bool counted) {
-      call(Runs{at + begin, 0, 1, length}, counted);
-    });
+    stretches(mask + o * f.span + at % row, runs.length,
+              [&](int64_t begin, int64_t length, bool counted) { call(Runs{at + begin, 0, 1, length}, counted); });
   }
 }
 
-// Sums over all tiles of a block, merged tile by tile as the split path merges them. chunk(k, runs, ahead, Sum&) adds one.
+// Sums over all tiles of a block, merged tile by tile as the split path merges them. chunk(k, runs, ahead, Sum&) adds
+// one.
 template <class Sum, class Chunk>
 FN_INLINE void sum_block(const RowTree& tree, int64_t count, int64_t slab_distance, Sum* total, Chunk&& chunk) {
   Sum part[kMaxBlock];
@@ -352,7 +352,8 @@ FN_INLINE void sum_block(const RowTree& tree, int64_t count, int64_t slab_distan
     for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
       const Runs r = tree.chunk(c);
       const int64_t next = tree.chunk(c + 1).offset - r.offset;
-      for (int64_t k = 0; k < count; ++k) chunk(k, r, k + 1 < count ? slab_distance : next - k * slab_distance, part[k]);
+      for (int64_t k = 0; k < count; ++k)
+        chunk(k, r, k + 1 < count ? slab_distance : next - k * slab_distance, part[k]);
     }
     for (int64_t k = 0; k < count; ++k) total[k].merge(part[k]);
   }
@@ -393,7 +394,9 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   const auto apply_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
     const Affine<R> a = pass.affine<R>(s, s % f.groups);
-    tree.segments(tile, [&](const Runs& r) { apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T))); });
+    tree.segments(tile, [&](const Runs& r) {
+      apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
+    });
   };
   const auto apply_staged = [&](const RowBlock& block) {
     alignas(kLine) T stage[kStageBytes / sizeof(T)];
@@ -414,9 +417,10 @@ void forward_rows(const E& e, const ForwardPass& pass) {
       team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
         const RowBlock block(f, plan.block, i);
         if (pass.takes_statistics())
-          sum_block(tree, block.count, f.inner, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
-            add(block.first + k, block.offset + k * f.inner, r, ahead, m);
-          });
+          sum_block(tree, block.count, f.inner, pass.found + block.first,
+                    [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
+                      add(block.first + k, block.offset + k * f.inner, r, ahead, m);
+                    });
         if (y && plan.staged) apply_staged(block);
         if (y && !plan.staged)  // backwards: what was read last is still in cache
           for (int64_t tile = tiles; tile-- > 0;) apply_tile(block.first, tile);
@@ -430,9 +434,8 @@ void forward_rows(const E& e, const ForwardPass& pass) {
     if (pass.takes_statistics()) {
       team.each(slabs * tiles, [&](int64_t i) {
         const int64_t slab = RowBlock::slab_offset(f, i / tiles);
-        part[i] = sum_tile<Moments>(tree, i % tiles, [&](const Runs& r, int64_t ahead, Moments& m) {
-          add(i / tiles, slab, r, ahead, m);
-        });
+        part[i] = sum_tile<Moments>(
+            tree, i % tiles, [&](const Runs& r, int64_t ahead, Moments& m) { add(i / tiles, slab, r, ahead, m); });
       });
       team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
     }
@@ -457,8 +460,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 
   const auto sums = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead) {
-    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups), coefficient<R>(pass.rstd[s]),
-                           ahead);
+    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups),
+                           coefficient<R>(pass.rstd[s]), ahead);
   };
   // Runs counted from element `from`, which is `position` elements into the slab of statistic s.
   const auto write = [&](int64_t s, int64_t from, int64_t position, const GradOut<T>& to, const Runs& r,
@@ -480,7 +483,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
     const int64_t slab = RowBlock::slab_offset(f, s);
     const Affine<R> a = pass.affine<R>(s, s % f.groups);
     const GradAffine<R> g = pass.grad_affine<R>(s, s % f.groups);
-    tree.segments(tile, [&](const Runs& r) { write(s, slab, 0, out.at(slab), r, a, g, kAheadBytes / int64_t(sizeof(T))); });
+    tree.segments(tile,
+                  [&](const Runs& r) { write(s, slab, 0, out.at(slab), r, a, g, kAheadBytes / int64_t(sizeof(T))); });
   };
   const auto write_staged = [&](const RowBlock& block) {
     alignas(kLine) T stage[kStageBytes / sizeof(T)], residual_stage[kStageBytes / sizeof(T)];
@@ -508,9 +512,10 @@ void backward_rows(const E& e, const BackwardPass& pass) {
       team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
         const RowBlock block(f, plan.block, i);
         if (pass.found)
-          sum_block(tree, block.count, f.inner, pass.found + block.first, [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
-            sum.merge(sums(block.first + k, block.offset + k * f.inner, r, ahead));
-          });
+          sum_block(tree, block.count, f.inner, pass.found + block.first,
+                    [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
+                      sum.merge(sums(block.first + k, block.offset + k * f.inner, r, ahead));
+                    });
         if (out.dx && plan.staged) write_staged(block);
         if (out.dx && !plan.staged)
           for (int64_t tile = tiles; tile-- > 0;) write_tile(block.first, tile);

@@ -1,5 +1,6 @@
 // The SIMD vocabulary: GCC vector types of the width native to the instruction set this file is compiled for, and the
-// few operations the language has no word for. Everything is in an anonymous namespace inside the instruction set's own.
+// few operations the language has no word for. Everything is in an anonymous namespace inside the instruction set's
+// own.
 //
 // A Pack<T> is what one step of a loop takes: one native register of T. Arithmetic is done in Real<T>, so a register of
 // 16-bit elements becomes two vectors ("parts"). bfloat16 splits into even and odd elements, a shift and a mask, no
@@ -87,7 +88,8 @@ FN_INLINE D fma(D a, D b, D c) {
 #endif
 }
 
-// What core/epilogue.h asks for. exp and tanh in float32: Cephes' polynomials, below 2 ulp; in float64: libm, lane by lane.
+// What core/epilogue.h asks for. exp and tanh in float32: Cephes' polynomials, below 2 ulp; in float64: libm, lane by
+// lane.
 struct Math {
   template <class Mask, class V>
   static FN_INLINE V select(Mask m, V a, V b) {
@@ -259,11 +261,13 @@ struct Pack<f16> {
   template <class T>
   static FN_INLINE Lanes<f16> unpack(Fbits both) {
 #if defined(__AVX512BW__)
-    return {{_mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)both, 0)),
-             _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)both, 1))}};
+    return {
+        { _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)both, 0)),
+          _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)both, 1)) }};
 #else
-    return {{_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)both, 0)),
-             _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)both, 1))}};
+    return {
+        { _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)both, 0)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)both, 1)) }};
 #endif
   }
   template <class T>
