@@ -1208,3 +1208,17 @@ def test_layout_names_are_what_they_say() -> None:
         laid = lay(x)
         assert np.array_equal(laid, x)
         assert (not laid.flags.aligned) if name == "misaligned" else not is_dense(laid)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("shape", "axis"), [((4, 5, 67), 1), ((4, 67, 5), -1)])
+def test_half_types_round_to_nearest_even(shape: tuple[int, ...], axis: int, dtype: str, isa: str) -> None:
+    """y = x + bias, exact in float32, lies half way between two numbers of the half type in most elements."""
+    kind = numpy_dtype(dtype)
+    step = float(np.float32(1) / {"float16": 1024, "bfloat16": 128}[dtype])  # between neighbours in [1, 2)
+    x = np.random.default_rng(0).choice(1 + step * np.arange(60), shape).astype(kind)
+    bias = np.array([0, step / 2, -step / 2, step * 3 / 2, step / 4])
+    y = fn.batch_norm(x, np.zeros(5), np.ones(5), bias=bias, eps=0, axis=axis)
+    along = [1] * len(shape)
+    along[axis] = 5
+    assert_same_bits(y, (x.astype(np.float32) + bias.astype(np.float32).reshape(along)).astype(kind))
