@@ -205,7 +205,7 @@ void copy(const CopyArgs& a) {
   parallel(threads_for(a.bytes / 4, pieces), [&](const Team& team) {
     team.each(pieces, [&](int64_t i) {
       const int64_t at = i * piece, n = a.bytes - at < piece ? a.bytes - at : piece;
-      put_elements(static_cast<char*>(a.to) + at, static_cast<const char*>(a.from) + at, n, true);
+      stream_elements(static_cast<char*>(a.to) + at, static_cast<const char*>(a.from) + at, n);
     });
     stream_fence();
   });

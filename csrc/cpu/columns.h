@@ -19,7 +19,7 @@ namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
 constexpr int kPanelBytes = 1024;  // of one row
-constexpr int64_t kChunkElements = 8192, kTileElements = 262144, kMaxTiles = 128, kWriteElements = 32768;
+constexpr int64_t kChunkElements = 8192, kTileElements = 262144, kMaxTiles = 128;
 constexpr int kSumStep = 4;  // rows that share one load of a column's accumulators
 
 template <class T>

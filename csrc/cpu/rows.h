@@ -15,12 +15,13 @@ namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1024, kTile = 32;
-// Results of shorter runs than kStageBelow bytes are put together in L1, from neighbouring slabs, and leave it as whole
-// lines: written run by run, each in another page, they cost up to 4 times as much, and past the caches 10 times.
+// Shorter runs than kStageBelow bytes are written together with those of the neighbouring slabs, as memory lies: run by
+// run, each in another page, they cost up to 4 times as much. Past the caches they go from a stage in L1, as whole lines.
 // Tensors below kStageFrom bytes lie in L2 anyway.
 constexpr int64_t kStageBelow = 3072, kStageBytes = 8192, kStageFrom = 1 << 20;
-constexpr int64_t kAheadBytes = 4096;  // that a sweep of writes fetches ahead
-constexpr int64_t kMaxBlock = 32;      // slabs a thread takes at once, neighbours in memory
+constexpr int64_t kWriteElements = 32768;  // a task's share of a sweep that only writes
+constexpr int64_t kAheadBytes = 4096;      // that a sweep of writes fetches ahead
+constexpr int64_t kMaxBlock = 32;          // slabs a thread takes at once, neighbours in memory
 
 struct Runs {
   int64_t offset, stride, count, length;  // elements
@@ -221,13 +222,16 @@ FN_INLINE void sweep_out(const T* out, int64_t n, bool streamed, Step&& step) {
   if (i < n) step(i, Part{int(n - i)}, false);
 }
 
+// `step` 1: a run has coefficients of its own (neighbouring slabs); 0: all have the first.
 template <class E>
 [[gnu::noinline]] void apply_runs(const E& e, const typename E::Element* x, typename E::Element* y, const Runs& runs,
-                                  const Affine<Real<typename E::Element>>& a, bool streamed, int64_t ahead) {
+                                  const Affine<Real<typename E::Element>>* affine, int64_t step, bool streamed,
+                                  int64_t ahead) {
   using T = typename E::Element;
   using V = typename E::V;
-  const V hi = V{} + a.hi, scale = V{} + a.scale, shift = V{} + a.shift;
   for (int64_t k = 0; k < runs.count; ++k) {
+    const auto& a = affine[k * step];
+    const V hi = V{} + a.hi, scale = V{} + a.scale, shift = V{} + a.shift;
     const int64_t at = runs.offset + k * runs.stride;
     sweep_out(y + at, runs.length, streamed, [&](int64_t j, auto there, bool past) FN_LAMBDA {
       const int64_t i = at + j;
@@ -253,14 +257,17 @@ struct GradOut {
 template <bool kConstant, class E>
 [[gnu::noinline]] void grad_runs(const E& e, const typename E::Element* dy, const typename E::Element* x,
                                  const GradOut<typename E::Element>& out, const Runs& runs,
-                                 const Affine<Real<typename E::Element>>& a,
-                                 const GradAffine<Real<typename E::Element>>& g, bool streamed, int64_t ahead) {
+                                 const Affine<Real<typename E::Element>>* affine,
+                                 const GradAffine<Real<typename E::Element>>* gradient, int64_t step, bool streamed,
+                                 int64_t ahead) {
   using T = typename E::Element;
   using V = typename E::V;
-  const V hi = V{} + g.hi, rstd = V{} + g.rstd, scale = V{} + g.scale, slope = V{} + g.slope, shift = V{} + g.shift;
   // Both outputs are streamed only where they are aligned alike.
   const bool past_both = streamed && (!out.dresidual || to_alignment(out.dx) == to_alignment(out.dresidual));
   for (int64_t k = 0; k < runs.count; ++k) {
+    const auto& a = affine[k * step];
+    const auto& g = gradient[k * step];
+    const V hi = V{} + g.hi, rstd = V{} + g.rstd, scale = V{} + g.scale, slope = V{} + g.slope, shift = V{} + g.shift;
     const int64_t at = runs.offset + k * runs.stride;
     sweep_out(out.dx + at, runs.length, past_both, [&](int64_t j, auto there, bool past) FN_LAMBDA {
       const int64_t i = at + j;
@@ -289,15 +296,15 @@ template <bool kConstant, class E>
 // How the slabs are handed to threads.
 struct RowPlan {
   int64_t block;  // slabs a thread takes at once
-  bool fused, streamed, staged;
+  bool fused, streamed, neighbours;
   int threads;
 
   RowPlan(const Fold& f, int64_t item, bool stores) {
     const int64_t run = f.inner * item, slabs = f.statistics();
     streamed = stores && f.size() * item >= kStreamBytes;
-    staged = stores && run < kStageBelow && f.size() * item >= kStageFrom;
+    neighbours = stores && run < kStageBelow && f.size() * item >= kStageFrom;
     block = 1;
-    if (staged) {
+    if (neighbours) {
       block = kStageBytes / run;
       if (block > kMaxBlock) block = kMaxBlock;
       if (block > f.groups) block = f.groups;
@@ -307,7 +314,7 @@ struct RowPlan {
     const int64_t rounds = (blocks + available - 1) / available;
     fused = blocks >= 4 * available || blocks * 10 >= rounds * available * 9 || slabs == 0;
     if (!fused) {
-      if (staged) streamed = staged = false;
+      if (neighbours) streamed = neighbours = false;
       block = 1;
     }
     threads = fused ? threads_for(f.size(), blocks) : available;
@@ -374,8 +381,47 @@ FN_INLINE Sum sum_of(const Sum* part, int64_t n) {
   return sum;
 }
 
+// With given statistics memory is walked as it lies: the runs of neighbouring slabs, one after the other.
+template <class E>
+void normalize_rows(const E& e, const ForwardPass& pass) {
+  using T = typename E::Element;
+  using R = Real<T>;
+  const Fold& f = pass.fold;
+  const T* x = pass.x.template as<const T>();
+  T* y = pass.y.template as<T>();
+  const int64_t run_bytes = f.inner * int64_t(sizeof(T)), ahead = kAheadBytes / int64_t(sizeof(T));
+  const bool streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes, staged = streamed && run_bytes < kStageBelow;
+  // A task: some neighbours, or a piece of one run.
+  int64_t neighbours = staged ? kStageBytes / run_bytes : kWriteElements / f.inner;
+  neighbours = neighbours < 1 ? 1 : neighbours > f.groups ? f.groups : neighbours;
+  const int64_t blocks = (f.groups + neighbours - 1) / neighbours;
+  const int64_t length = neighbours > 1 || f.inner < kWriteElements ? f.inner : kWriteElements;
+  const int64_t pieces = (f.inner + length - 1) / length, tasks = f.batch * f.outer * blocks * pieces;
+  Scratch<Affine<R>> affine(f.statistics());
+
+  parallel(threads_for(f.size(), tasks), [&](const Team& team) {
+    constexpr int64_t some = 64;
+    team.each((f.statistics() + some - 1) / some, [&](int64_t i) {
+      for (int64_t s = i * some; s < (i + 1) * some && s < f.statistics(); ++s)
+        affine[s] = pass.affine<R>(s, s % f.groups);
+    });
+    team.each(tasks, [&](int64_t i) {
+      alignas(kLine) T stage[kStageBytes / sizeof(T)];
+      const int64_t piece = i % pieces, g = i / pieces % blocks * neighbours, o = i / pieces / blocks;
+      const int64_t count = f.groups - g < neighbours ? f.groups - g : neighbours;
+      const int64_t start = (o * f.groups + g) * f.inner + piece * length, left = f.inner - piece * length;
+      const Runs runs{0, f.inner, count, left < length ? left : length};
+      const Affine<R>* a = affine.get() + o / f.outer * f.groups + g;
+      apply_runs(e.at(start), x + start, staged ? stage : y + start, runs, a, 1, streamed && !staged, ahead);
+      if (staged) stream_elements(y + start, stage, count * f.inner);
+    });
+    stream_fence();
+  });
+}
+
 template <class E>
 void forward_rows(const E& e, const ForwardPass& pass) {
+  if (!pass.takes_statistics()) return normalize_rows(e, pass);
   using T = typename E::Element;
   using R = Real<T>;
   const Fold& f = pass.fold;
@@ -395,20 +441,18 @@ void forward_rows(const E& e, const ForwardPass& pass) {
     const int64_t slab = RowBlock::slab_offset(f, s);
     const Affine<R> a = pass.affine<R>(s, s % f.groups);
     tree.segments(tile, [&](const Runs& r) {
-      apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
+      apply_runs(e.at(slab), x + slab, y + slab, r, &a, 0, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
     });
   };
-  const auto apply_staged = [&](const RowBlock& block) {
+  const auto apply_neighbours = [&](const RowBlock& block) {
     alignas(kLine) T stage[kStageBytes / sizeof(T)];
     Affine<R> a[kMaxBlock];
     for (int64_t k = 0; k < block.count; ++k) a[k] = pass.affine<R>(block.first + k, (block.first + k) % f.groups);
     for (int64_t o = f.outer; o-- > 0;) {
       const int64_t start = block.offset + o * row;
-      for (int64_t k = 0; k < block.count; ++k) {
-        const int64_t i = k * f.inner;
-        apply_runs(e.at(start + i), x + start + i, stage + i, Runs{0, 0, 1, f.inner}, a[k], false, -row);
-      }
-      put_elements(y + start, stage, block.count * f.inner, plan.streamed);
+      apply_runs(e.at(start), x + start, plan.streamed ? stage : y + start, Runs{0, f.inner, block.count, f.inner}, a,
+                 1, false, -row);
+      if (plan.streamed) stream_elements(y + start, stage, block.count * f.inner);
     }
   };
 
@@ -416,29 +460,26 @@ void forward_rows(const E& e, const ForwardPass& pass) {
     parallel(plan.threads, [&](const Team& team) {
       team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
         const RowBlock block(f, plan.block, i);
-        if (pass.takes_statistics())
-          sum_block(tree, block.count, f.inner, pass.found + block.first,
-                    [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
-                      add(block.first + k, block.offset + k * f.inner, r, ahead, m);
-                    });
-        if (y && plan.staged) apply_staged(block);
-        if (y && !plan.staged)  // backwards: what was read last is still in cache
+        sum_block(tree, block.count, f.inner, pass.found + block.first,
+                  [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
+                    add(block.first + k, block.offset + k * f.inner, r, ahead, m);
+                  });
+        if (y && plan.neighbours) apply_neighbours(block);
+        if (y && !plan.neighbours)  // backwards: what was read last is still in cache
           for (int64_t tile = tiles; tile-- > 0;) apply_tile(block.first, tile);
       });
       stream_fence();
     });
     return;
   }
-  Scratch<Moments> part(pass.takes_statistics() ? slabs * tiles : 0);
+  Scratch<Moments> part(slabs * tiles);
   parallel(plan.threads, [&](const Team& team) {
-    if (pass.takes_statistics()) {
-      team.each(slabs * tiles, [&](int64_t i) {
-        const int64_t slab = RowBlock::slab_offset(f, i / tiles);
-        part[i] = sum_tile<Moments>(
-            tree, i % tiles, [&](const Runs& r, int64_t ahead, Moments& m) { add(i / tiles, slab, r, ahead, m); });
-      });
-      team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
-    }
+    team.each(slabs * tiles, [&](int64_t i) {
+      const int64_t slab = RowBlock::slab_offset(f, i / tiles);
+      part[i] = sum_tile<Moments>(tree, i % tiles,
+                                  [&](const Runs& r, int64_t ahead, Moments& m) { add(i / tiles, slab, r, ahead, m); });
+    });
+    team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
     if (y)
       team.each(slabs * tiles, [&](int64_t i) {
         const int64_t j = slabs * tiles - 1 - i;
@@ -463,31 +504,38 @@ void backward_rows(const E& e, const BackwardPass& pass) {
     return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups),
                            coefficient<R>(pass.rstd[s]), ahead);
   };
-  // Runs counted from element `from`, which is `position` elements into the slab of statistic s.
+  // Runs counted from element `from`, which is `position` elements into the slab of statistic s; with step 1 they belong to
+  // s and its neighbours.
   const auto write = [&](int64_t s, int64_t from, int64_t position, const GradOut<T>& to, const Runs& r,
-                         const Affine<R>& a, const GradAffine<R>& g, int64_t ahead) {
-    const bool past = plan.streamed && !plan.staged;
-    const auto write_runs = [&](const Runs& some, bool corrected) {
+                         const Affine<R>* a, const GradAffine<R>* g, int64_t step, int64_t ahead) {
+    const bool past = plan.streamed && !plan.neighbours;
+    const auto write_runs = [&](const Runs& some, bool corrected, int64_t own, int64_t k) {
       if (corrected)
-        grad_runs<false>(e.at(from), dy + from, x + from, to, some, a, g, past, ahead);
+        grad_runs<false>(e.at(from), dy + from, x + from, to, some, a + k, g + k, own, past, ahead);
       else
-        grad_runs<true>(e.at(from), dy + from, x + from, to, some, a, g, past, ahead);
+        grad_runs<true>(e.at(from), dy + from, x + from, to, some, a + k, g + k, own, past, ahead);
     };
-    if (!pass.mask || pass.constant) return write_runs(r, !pass.constant);
-    counted_runs(pass.mask, f, s, Runs{r.offset + position, r.stride, r.count, r.length}, [&](Runs some, bool counted) {
-      some.offset -= position;
-      write_runs(some, counted);
-    });
+    if (!pass.mask || pass.constant) return write_runs(r, !pass.constant, step, 0);
+    for (int64_t k = 0; k < r.count; ++k) {
+      const Runs one{r.offset + k * r.stride, 0, 1, r.length};
+      const int64_t within = position - k * step * f.inner;  // of a neighbour: in its own slab
+      counted_runs(pass.mask, f, s + k * step, Runs{one.offset + within, 0, 1, one.length},
+                   [&](Runs some, bool counted) {
+                     some.offset -= within;
+                     write_runs(some, counted, 0, k * step);
+                   });
+    }
   };
   const auto write_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
     const Affine<R> a = pass.affine<R>(s, s % f.groups);
     const GradAffine<R> g = pass.grad_affine<R>(s, s % f.groups);
-    tree.segments(tile,
-                  [&](const Runs& r) { write(s, slab, 0, out.at(slab), r, a, g, kAheadBytes / int64_t(sizeof(T))); });
+    tree.segments(
+        tile, [&](const Runs& r) { write(s, slab, 0, out.at(slab), r, &a, &g, 0, kAheadBytes / int64_t(sizeof(T))); });
   };
-  const auto write_staged = [&](const RowBlock& block) {
+  const auto write_neighbours = [&](const RowBlock& block) {
     alignas(kLine) T stage[kStageBytes / sizeof(T)], residual_stage[kStageBytes / sizeof(T)];
+    const GradOut<T> staged{stage, out.dresidual ? residual_stage : nullptr};
     Affine<R> a[kMaxBlock];
     GradAffine<R> g[kMaxBlock];
     for (int64_t k = 0; k < block.count; ++k) {
@@ -497,13 +545,11 @@ void backward_rows(const E& e, const BackwardPass& pass) {
     }
     for (int64_t o = f.outer; o-- > 0;) {
       const int64_t start = block.offset + o * row;
-      for (int64_t k = 0; k < block.count; ++k) {
-        const int64_t i = k * f.inner;
-        const GradOut<T> to{stage + i, out.dresidual ? residual_stage + i : nullptr};
-        write(block.first + k, start + i, o * row, to, Runs{0, 0, 1, f.inner}, a[k], g[k], -row);
-      }
-      put_elements(out.dx + start, stage, block.count * f.inner, plan.streamed);
-      if (out.dresidual) put_elements(out.dresidual + start, residual_stage, block.count * f.inner, plan.streamed);
+      write(block.first, start, o * row, plan.streamed ? staged : out.at(start), Runs{0, f.inner, block.count, f.inner},
+            a, g, 1, -row);
+      if (!plan.streamed) continue;
+      stream_elements(out.dx + start, stage, block.count * f.inner);
+      if (out.dresidual) stream_elements(out.dresidual + start, residual_stage, block.count * f.inner);
     }
   };
 
@@ -516,8 +562,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
                     [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
                       sum.merge(sums(block.first + k, block.offset + k * f.inner, r, ahead));
                     });
-        if (out.dx && plan.staged) write_staged(block);
-        if (out.dx && !plan.staged)
+        if (out.dx && plan.neighbours) write_neighbours(block);
+        if (out.dx && !plan.neighbours)
           for (int64_t tile = tiles; tile-- > 0;) write_tile(block.first, tile);
       });
       stream_fence();

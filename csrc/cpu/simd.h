@@ -348,16 +348,12 @@ FN_INLINE int64_t to_alignment(const T* p) {
   return bytes % int64_t(sizeof(T)) ? -1 : bytes / int64_t(sizeof(T));
 }
 
-// Copies what was put together in L1 to memory, past the caches if asked.
+// Copies what was put together in L1 to memory, past the caches.
 template <class T>
-FN_INLINE void put_elements(T* to_elements, const T* from_elements, int64_t elements, bool past) {
+FN_INLINE void stream_elements(T* to_elements, const T* from_elements, int64_t elements) {
   char* to = reinterpret_cast<char*>(to_elements);
   const char* from = reinterpret_cast<const char*>(from_elements);
   const int64_t n = elements * int64_t(sizeof(T));
-  if (!past) {
-    memcpy(to, from, n);
-    return;
-  }
   int64_t i = -reinterpret_cast<intptr_t>(to) & (kLine - 1);
   if (i > n) i = n;
   memcpy(to, from, i);
