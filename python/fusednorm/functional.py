@@ -221,14 +221,15 @@ def _forward(
 
     mean, rstd = np.empty((2, layout.ghosts, layout.channels))
     if not training:  # the running statistics serve every ghost batch alike
-        whole = fold.batch(x.shape, fold.memory_order(x.shape, x.strides, x.itemsize) or (), axis % x.ndim)
-        _C.forward(
-            whole, x, weight, bias, running_mean, running_var, residual, None, y, mean[0], rstd[0],
-            False, momentum, counted, eps, code, slope,
-        ) if layout.ghosts else None  # fmt: skip
-        mean[1:], rstd[1:] = mean[:1], rstd[:1]
+        if layout.ghosts:
+            whole = fold.batch(x.shape, fold.memory_order(x.shape, x.strides, x.itemsize) or (), axis % x.ndim)
+            _C.forward(
+                whole, x, weight, bias, running_mean, running_var, residual, None, y, mean[0], rstd[0],
+                False, momentum, counted, eps, code, slope,
+            )  # fmt: skip
+            mean[1:], rstd[1:] = mean[:1], rstd[:1]
         return _deliver(y, out), mean, rstd
-    for part, fold_of_part, statistics in _parts(layout, x.ndim):
+    for part, fold_of_part, statistics in _parts(layout):
         _C.forward(
             fold_of_part, x[part], weight, bias, running_mean, running_var,
             None if residual is None else residual[part], _part_of(positions, part, x), y[part],
@@ -238,7 +239,7 @@ def _forward(
     return _deliver(y, out), mean, rstd
 
 
-def _parts(layout: _Layout, ndim: int) -> list[tuple[tuple[slice, ...], fold.Fold, slice]]:
+def _parts(layout: _Layout) -> list[tuple[tuple[slice, ...], fold.Fold, slice]]:
     """The full ghost batches and the shorter last one: which samples, their fold, their rows of the statistics."""
     before = (slice(None),) * layout.sample_axis
     full = (layout.ghosts or 0) - (layout.rest is not None)
@@ -417,7 +418,7 @@ def batch_norm_backward(
     else:
         dweight[...], dbias[...] = 0, 0
         sums = np.zeros((2, 2, layout.channels))
-        for i, (part, fold_of_part, statistics) in enumerate(_parts(layout, x.ndim)):
+        for i, (part, fold_of_part, statistics) in enumerate(_parts(layout)):
             _C.backward(
                 fold_of_part, dy[part], x[part], mean[statistics], rstd[statistics], weight, bias,
                 None if residual is None else residual[part], _part_of(positions, part, x), not training, code, slope,

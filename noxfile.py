@@ -1,0 +1,158 @@
+"""The commands of CONTRIBUTING.md, one session each: `nox -s tests`. `.ci/run` runs the same sessions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["tests", "lint", "types"]
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+LINT = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "lint")
+
+
+def install(session: nox.Session, what: str, **environment: str) -> None:
+    """Build and install, in a build folder of the session's own: build/ belongs to `pip install`."""
+    session.install(what, "-C", f"build-dir={session.create_tmp()}/build", env=environment)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite; arguments go to pytest, such as --slow for the cases that take minutes."""
+    install(session, ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff and clang-format; with -- --fix they change the files."""
+    session.install(*LINT)
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []))
+    session.run("ruff", "format", *([] if fix else ["--check"]))
+    sources = [str(path) for top in ("csrc", "tests") for path in Path(top).rglob("*") if path.suffix in (".h", ".cpp")]
+    session.run("clang-format", *(["-i"] if fix else ["--dry-run", "-Werror"]), *sorted(sources))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict on the package."""
+    session.install(*LINT, "numpy", "ml_dtypes", "rich", "matplotlib", "threadpoolctl")
+    session.run("mypy")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """What is published: the source distribution and the wheel built from it, warnings as errors; its types."""
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.install("build", "numpy", "rich", *LINT)
+    session.run("python", "-m", "build", "--outdir", str(dist), env={"FUSEDNORM_WERROR": "ON"})
+    built = sorted(dist.glob("*.whl"))
+    session.install("--no-deps", "--force-reinstall", *map(str, built))
+    session.chdir(dist)  # away from the sources
+    session.run("fusednorm", "info")
+    # pybind11's metaclass, and the buffer protocol, which Python sees from 3.12 on only, are in no stub.
+    (dist / "allowed.txt").write_text("fusednorm._C.Fold\nfusednorm._C.PoolMemory(.__buffer__)?\n")
+    session.run("python", "-m", "mypy.stubtest", "--allowlist", "allowed.txt", "fusednorm._C")
+    for path in built:
+        session.log(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+@nox.session
+def clang(session: nox.Session) -> None:
+    """Built by clang, warnings as errors, and checked against the reference on every instruction set."""
+    compiler = os.environ.get("CLANGXX") or next(
+        filter(shutil.which, ["clang++", *(f"clang++-{version}" for version in range(25, 13, -1))]), None
+    )
+    if not compiler:
+        session.skip("no clang++ found; CLANGXX names one")
+    install(session, ".[test]", CXX=compiler, FUSEDNORM_WERROR="ON")
+    session.run("fusednorm", "info")
+    session.run("pytest", "tests/test_cases.py", "tests/test_verbs.py")
+
+
+@nox.session
+def asan(session: nox.Session) -> None:
+    """Memory errors and undefined behaviour (gcc): the verbs from C++, then the extension within Python."""
+    # What is left out is checked in the extension; here it would double the time to compile.
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=all"]
+    options = {"ASAN_OPTIONS": "detect_leaks=0"}
+    verbs = build_verbs(session, flags, [], link=["-fopenmp"])
+    session.run(verbs, external=True, env=options)
+    for plant, message in {
+        "overread": "heap-buffer-overflow",
+        "overwrite": "heap-buffer-overflow",
+        "misaligned": "misaligned address",
+    }.items():
+        must_fail(session, verbs, plant, message=message, environment=options)
+
+    install(session, ".[test]", CXX=gxx(session), FUSEDNORM_SANITIZE="address,undefined")
+    # The interpreter is not instrumented, so the runtime comes first; with libstdc++, whose exceptions it wraps.
+    runtimes = [session.run(gxx(session), f"-print-file-name={name}", external=True, silent=True, log=False).strip()
+                for name in ("libasan.so", "libstdc++.so")]  # fmt: skip
+    options["LD_PRELOAD"] = " ".join(runtimes)
+    runnable = session.run(
+        "python", "-c", "import fusednorm as fn; print(*fn.build_info()['isa_runnable'])", env=options, silent=True
+    )
+    for isa in runnable.split():
+        overread = ("python", "tests/sanitizers/overread.py", isa)
+        must_fail(session, *overread, message="heap-buffer-overflow", environment=options)
+    # Not captured: the report is written by a process about to end.
+    session.run("pytest", "--capture=no", "-q", "-m", "sanitize", *session.posargs, env=options)
+
+
+@nox.session
+def race(session: nox.Session) -> None:
+    """Data races (gcc): the verbs from C++, on threads that ThreadSanitizer understands."""
+    options = {"TSAN_OPTIONS": "halt_on_error=1"}
+    flags = ["-fsanitize=thread", "-DFN_RACE"]
+    verbs = build_verbs(session, flags, ["threads"], link=["-pthread"])
+    # Older runtimes do not start where the kernel scatters addresses widely; containers may forbid to change that.
+    fixed = ["setarch", platform.machine(), "-R"]
+    may = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True, check=False).returncode == 0
+    command = [*(fixed if may else []), verbs]
+    session.run(*command, external=True, env=options)
+    for plant in ("overlap", "barrier"):
+        must_fail(session, *command, plant, message="ThreadSanitizer: data race", environment=options)
+
+
+def gxx(session: nox.Session) -> str:
+    """gcc: the sanitizer sessions name its runtimes and its OpenMP entry points."""
+    compiler = os.environ.get("GXX", "g++")
+    if not shutil.which(compiler):
+        session.error(f"{compiler} not found; GXX names another gcc")
+    return compiler
+
+
+def build_verbs(session: nox.Session, flags: list[str], more: list[str], link: list[str]) -> str:
+    """tests/sanitizers/verbs.cpp and the kernels of the least instruction set, as a program; its path."""
+    build = Path(session.create_tmp())
+    isa = ["-march=x86-64-v2", "-DFUSEDNORM_ISA=v2"] if X86 else ["-DFUSEDNORM_ISA=baseline"]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    flags = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Icsrc", *isa, *warnings, *flags]
+    objects = []
+    for source in [*(f"tests/sanitizers/{name}.cpp" for name in ("kernels", "verbs", *more)),
+                   "csrc/cpu/host.cpp", "csrc/cpu/pool.cpp"]:  # fmt: skip
+        objects.append(str(build / f"{Path(source).stem}.o"))
+        session.run(gxx(session), *flags, "-fopenmp", "-c", source, "-o", objects[-1], external=True)
+    program = str(build / "verbs")
+    session.run(gxx(session), *flags, *objects, *link, "-o", program, external=True)
+    return program
+
+
+def must_fail(session: nox.Session, *command: str, message: str, environment: dict[str, str]) -> None:
+    """Positive control: the planted error is reported, so the silence before it meant something."""
+    output = session.run(
+        *command, external=True, env=environment, silent=True, log=False, success_codes=range(-64, 256)
+    )
+    if message not in str(output):
+        session.error(f"the planted error went unnoticed: {' '.join(command)}\n{output}")
+    session.log(f"caught, as it must be: {' '.join(command[-2:])}")
