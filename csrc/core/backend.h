@@ -14,6 +14,15 @@
 
 namespace fusednorm {
 
+// Where a verb of a GPU runs: the caller's device, in the order of the caller's stream; nothing waits. `scratch` holds
+// the bytes that Backend::scratch asked for, uninitialized, and is free again when the stream has passed the call. The
+// CPU's verbs run at once and look at none of it.
+struct Queue {
+  int device = kCpu;
+  void* stream = nullptr;
+  void* scratch = nullptr;
+};
+
 struct EpilogueArgs {
   Activation activation = Activation::identity;
   double slope = 0;
@@ -34,6 +43,7 @@ struct MomentsArgs {
   const uint8_t* mask;
   bool center;  // false: mean = 0, m2 = Σx²
   double *count, *mean, *m2;
+  Queue queue = {};
 };
 
 struct NormalizeArgs {
@@ -43,6 +53,7 @@ struct NormalizeArgs {
   Array weight, bias;
   EpilogueArgs epilogue;
   Array y;
+  Queue queue = {};
 };
 
 struct ForwardArgs {
@@ -55,6 +66,7 @@ struct ForwardArgs {
   RunningArgs running;
   double *mean, *rstd;  // out
   Array y;              // out
+  Queue queue = {};
 };
 
 struct GradSumsArgs {
@@ -65,6 +77,7 @@ struct GradSumsArgs {
   EpilogueArgs epilogue;
   double *s1, *s2;       // out [S]: Σw·u, Σw·u·x̂
   Array dweight, dbias;  // out [C]: Σu·x̂, Σu
+  Queue queue = {};
 };
 
 struct GradInputArgs {
@@ -76,6 +89,7 @@ struct GradInputArgs {
   const double *cx, *c0;  // [S]; null: 0, the statistics were constants
   const uint8_t* mask;    // where cx and c0 apply
   Array dx, dresidual;    // out
+  Queue queue = {};
 };
 
 struct BackwardArgs {
@@ -87,6 +101,7 @@ struct BackwardArgs {
   const uint8_t* mask;                  // the forward's
   bool constant;                        // the statistics were constants (evaluation, frozen)
   Array dx, dresidual, dweight, dbias;  // out
+  Queue queue = {};
 };
 
 // Moments [before, axis, after] → [before, after], merged along the axis in order.
@@ -94,6 +109,7 @@ struct MergeArgs {
   int64_t before, axis, after;
   const double *count, *mean, *m2;
   double *merged_count, *merged_mean, *merged_m2;
+  Queue queue = {};
 };
 
 // A plain copy past the caches: the ceiling that benchmarks measure the verbs against.
@@ -101,6 +117,7 @@ struct CopyArgs {
   void* to;
   const void* from;
   int64_t bytes;
+  Queue queue = {};
 };
 
 struct Backend {
@@ -113,6 +130,8 @@ struct Backend {
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   void (*copy)(const CopyArgs&);
+  // Bytes of Queue::scratch that a verb over this fold needs at most, on that device; null: none, ever.
+  int64_t (*scratch)(const Fold&, DType, int device);
 };
 
 }  // namespace fusednorm

@@ -215,6 +215,6 @@ void copy(const CopyArgs& a) {
 
 extern const Backend backend;
 const Backend backend{
-    FN_NAME(FUSEDNORM_ISA), moments, merge, normalize, grad_sums, grad_input, forward, backward, copy};
+    FN_NAME(FUSEDNORM_ISA), moments, merge, normalize, grad_sums, grad_input, forward, backward, copy, nullptr};
 
 }  // namespace fusednorm::cpu::FUSEDNORM_ISA

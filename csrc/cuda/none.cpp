@@ -4,5 +4,7 @@ namespace fusednorm::cuda {
 
 const Backend* backend() { return nullptr; }
 const char* state() { return FUSEDNORM_CUDA_REASON; }
+int devices() { return 0; }
+bool capturing(void*) { return false; }
 
 }  // namespace fusednorm::cuda
