@@ -22,13 +22,9 @@
 #define __grid_constant__
 #define __align__(n) alignas(n)
 
-// What a kernel sees.
+// What a kernel calls.
 
-extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
-
-// The block's dynamic shared memory, for the kernels' macro.
-void* fn_emu_dynamic_shared();
 
 inline void __syncthreads(EMU_LINE) { emu::barrier(emu::Scope::block, emu::Vote::none, false, line); }
 inline int __syncthreads_or(int p, EMU_LINE) { return emu::barrier(emu::Scope::block, emu::Vote::any, p, line); }
@@ -153,6 +149,7 @@ enum cudaError_t {
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorLaunchOutOfResources = 701,
   cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,

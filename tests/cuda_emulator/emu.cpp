@@ -1,4 +1,4 @@
-// The emulator's threads, barriers, shared memory and devices. Compiled without sanitizers, which must see the kernels
+// The emulator's threads, barriers and shared memory. Compiled without sanitizers, which must see the kernels
 // and not this bookkeeping.
 //
 //     launching thread ── baton ──▶ Block: an OS thread, so that thread_local is the block's shared memory
@@ -16,17 +16,12 @@
 #include <algorithm>
 #include <cstdlib>
 #include <deque>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <random>
 #include <semaphore>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
-
-#include "cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #error "compile emu.cpp with -fno-sanitize=all"
@@ -54,17 +49,14 @@ uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emu {
 
 Thread* running;
+unsigned long seed =
+    std::getenv("FUSEDNORM_EMU_SEED") ? std::strtoul(std::getenv("FUSEDNORM_EMU_SEED"), nullptr, 10) : 0;
 
 namespace {
 
 constexpr size_t kStack = 128 << 10;
 constexpr int kPoison = 0xff;  // in every byte: NaN
 constexpr unsigned long kLivelock = 20'000'000;
-
-// In which order threads run. 0: the first that can. Odd: each has a priority, 1 from the last to the first; the best
-// runs as far as it can, which finds barriers missing before memory is used again. Even: at random.
-unsigned long seed =
-    std::getenv("FUSEDNORM_EMU_SEED") ? std::strtoul(std::getenv("FUSEDNORM_EMU_SEED"), nullptr, 10) : 0;
 
 // What is allocated and copied here is no access of the kernel's.
 struct Quiet {
@@ -163,8 +155,9 @@ struct Block {
 };
 
 struct Grid {
-  Launch launch;
-  std::function<void()> thread;
+  Grid(const Launch& launch, const std::function<void()>& thread) : launch(launch), thread(thread) {}
+  const Launch& launch;
+  const std::function<void()>& thread;
   Barrier barrier;
   std::mt19937_64 random{seed};
   std::string error;
@@ -431,10 +424,12 @@ void run(const std::vector<Block*>& batch) {
   }
 }
 
-void run(Grid& g) {
+}  // namespace
+
+std::string run(const Launch& l, const std::function<void()>& thread) {
   Quiet quiet;
+  Grid g(l, thread);
   grid = &g;
-  const Launch& l = g.launch;
   blockDim = l.block;
   gridDim = l.grid;
   const unsigned n = l.grid.x * l.grid.y * l.grid.z, threads = l.block.x * l.block.y * l.block.z, size = l.cluster.x;
@@ -468,13 +463,20 @@ void run(Grid& g) {
     }
     if (!g.error.empty()) break;
   }
-  for (void* f : g.dead) __tsan_destroy_fiber(f);
+  for (void* f : g.dead) {
+    if (!g.error.empty()) {  // what they did before the error is done
+      void* here = __tsan_get_current_fiber();
+      __tsan_switch_to_fiber(f, 1);
+      release(&g.ended);
+      __tsan_switch_to_fiber(here, 1);
+    }
+    __tsan_destroy_fiber(f);
+  }
   acquire(&g.ended);
   grid = nullptr;
   if (!g.error.empty()) blocks.clear();  // their threads stand where they failed, for ever
+  return g.error;
 }
-
-}  // namespace
 
 // What kernels call.
 
@@ -530,13 +532,18 @@ unsigned arrive(Scope scope, Vote vote, bool value, Line line) {
 
 int wait(Scope scope, unsigned phase, Line line) {
   Barrier& b = barrier_of(scope);
-  if (b.phase == phase)
+  if (b.phase == phase) {
     stop(scope == Scope::block     ? "a block barrier"
          : scope == Scope::cluster ? "a cluster barrier"
                                    : "a grid barrier",
          line, b.waiting);
-  else if (seed)
-    give_way();
+  } else if (seed) {  // the last to come is not always the first to go on
+    {
+      Quiet quiet;
+      block->ready.push_back(&self());
+    }
+    leave();
+  }
   acquire(&b.token[phase % 2]);
   return b.result[phase % 2];
 }
@@ -601,243 +608,3 @@ void* map_shared(const void* mine, unsigned rank, Line line) {
 }  // namespace emu
 
 void* fn_emu_dynamic_shared() { return emu::block->dynamic; }
-
-// Devices.
-
-namespace emu {
-namespace {
-
-struct Device {
-  long sms = 4;
-  long threads = 1024, threads_sm = 2048;  // of a block, of an SM
-  long shared = 227 << 10, shared_sm = 228 << 10,
-       reserved = 1024;  // of a block (opt-in), of an SM; the system's in each block
-  long blocks_sm = 32;
-  long l2 = 50 << 20;
-  long cluster = 8;      // the largest; 1: the device has none
-  long cooperative = 1;  // whether the device has such launches
-  // Launches that fail although attributes and occupancy allow them, as where another process shares the device.
-  long refuse_clusters = 0, refuse_cooperative = 0;
-};
-
-long Device::* const kSettings[] = {
-    &Device::sms,       &Device::threads,     &Device::threads_sm,      &Device::shared,
-    &Device::shared_sm, &Device::reserved,    &Device::blocks_sm,       &Device::l2,
-    &Device::cluster,   &Device::cooperative, &Device::refuse_clusters, &Device::refuse_cooperative};
-const char* const kNames[] = {"sms",       "threads",     "threads_sm",      "shared",
-                              "shared_sm", "reserved",    "blocks_sm",       "l2",
-                              "cluster",   "cooperative", "refuse_clusters", "refuse_cooperative"};
-
-constexpr const char* kDefault =
-    ";"
-    "threads=256,threads_sm=512,shared=2048,shared_sm=4096,reserved=0,l2=16384,cluster=4;"
-    "threads=256,threads_sm=512,shared=2048,shared_sm=4096,reserved=0,l2=16384,cluster=1;"
-    "threads=256,threads_sm=512,shared=2048,shared_sm=4096,reserved=0,l2=16384,cluster=1,cooperative=0;"
-    "threads=256,threads_sm=512,shared=2048,shared_sm=4096,reserved=0,l2=16384,cluster=4,refuse_clusters=1,refuse_"
-    "cooperative=1";
-
-std::vector<Device> parse(const std::string& text) {
-  std::vector<Device> devices(1);
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = std::min(text.find_first_of(",;", at), text.size());
-    const std::string item = text.substr(at, end - at);
-    const size_t equals = item.find('=');
-    if (!item.empty()) {
-      const auto* found = std::find(std::begin(kNames), std::end(kNames), item.substr(0, equals));
-      if (equals == std::string::npos || found == std::end(kNames))
-        throw std::runtime_error("no setting of a device: " + item);
-      devices.back().*kSettings[found - kNames] = std::stol(item.substr(equals + 1));
-    }
-    if (end < text.size() && text[end] == ';') devices.emplace_back();
-    at = end + 1;
-  }
-  return devices;
-}
-
-const char* given = std::getenv("FUSEDNORM_EMU_DEVICES");
-std::vector<Device> devices = parse(given ? given : kDefault);
-std::mutex launching;
-std::map<std::pair<const void*, int>, long> dynamic_limit;  // that cudaFuncSetAttribute raised, per kernel and device
-thread_local int current = 0;
-thread_local cudaError_t last = cudaSuccess;
-
-cudaError_t error(cudaError_t e) {
-  if (e != cudaSuccess) last = e;
-  return e;
-}
-
-long dynamic_most(const void* kernel, int device) {
-  const auto found = dynamic_limit.find({kernel, device});
-  return found == dynamic_limit.end() ? std::min(devices[size_t(device)].shared, 48l << 10) : found->second;
-}
-
-long resident(const Device& d, long threads, long shared) {
-  if (threads > d.threads || shared > d.shared) return 0;
-  threads = (threads + 31) / 32 * 32;
-  return std::min(
-      {d.blocks_sm, d.threads_sm / threads, shared + d.reserved ? d.shared_sm / (shared + d.reserved) : d.blocks_sm});
-}
-
-Launch read(const cudaLaunchConfig_t& c) {
-  Launch l{c.gridDim, c.blockDim, dim3(1), c.dynamicSmemBytes, c.stream, false};
-  for (unsigned i = 0; i < c.numAttrs; ++i) {
-    const cudaLaunchAttribute& a = c.attrs[i];
-    if (a.id == cudaLaunchAttributeCooperative) l.cooperative = a.val.cooperative;
-    if (a.id == cudaLaunchAttributeClusterDimension)
-      l.cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
-  }
-  return l;
-}
-
-long count(dim3 d) { return long(d.x) * d.y * d.z; }
-
-cudaError_t check(const Launch& l, const void* kernel) {
-  const Device& d = devices[size_t(current)];
-  const long threads = count(l.block), n = count(l.grid);
-  if (n == 0 || l.grid.x > 0x7fffffff || l.grid.y > 65535 || l.grid.z > 65535) return cudaErrorInvalidConfiguration;
-  if (threads == 0 || threads > d.threads || l.block.z > 64) return cudaErrorInvalidConfiguration;
-  if (long(l.shared) > dynamic_most(kernel, current)) return cudaErrorInvalidValue;
-  if (count(l.cluster) == 0 || l.cluster.y > 1 || l.cluster.z > 1) return cudaErrorInvalidConfiguration;
-  if (l.cluster.x > 1) {
-    if (d.cluster == 1) return cudaErrorNotSupported;
-    if (l.cluster.x > d.cluster) return cudaErrorInvalidClusterSize;
-    if (l.grid.x % l.cluster.x) return cudaErrorInvalidConfiguration;
-    if (d.refuse_clusters) return cudaErrorLaunchOutOfResources;
-  }
-  const long at_once = resident(d, threads, long(l.shared)) * d.sms;
-  if (at_once < l.cluster.x) return cudaErrorLaunchOutOfResources;
-  if (l.cooperative) {
-    if (!d.cooperative) return cudaErrorNotSupported;
-    if (n > at_once / l.cluster.x * l.cluster.x || d.refuse_cooperative) return cudaErrorCooperativeLaunchTooLarge;
-  }
-  return cudaSuccess;
-}
-
-}  // namespace
-
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> thread) {
-  const std::lock_guard lock(launching);
-  const Launch l = read(config);
-  if (const cudaError_t e = check(l, kernel)) return error(e);
-  Grid g;
-  g.launch = l;
-  g.thread = std::move(thread);
-  run(g);
-  if (!g.error.empty()) throw std::runtime_error("CUDA emulator: " + g.error);
-  return cudaSuccess;
-}
-
-cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value > devices[size_t(current)].shared) return error(cudaErrorInvalidValue);
-  const std::lock_guard lock(launching);
-  dynamic_limit[{kernel, current}] = value;
-  return cudaSuccess;
-}
-
-cudaError_t get_attributes(cudaFuncAttributes* to, const void* kernel) {
-  const Device& d = devices[size_t(current)];
-  const int version = d.cluster > 1 ? 90 : 80;
-  *to = {0, 0, 0, int(d.threads), 32, version, version, 0, int(dynamic_most(kernel, current))};
-  return cudaSuccess;
-}
-
-cudaError_t blocks_per_sm(int* to, const void*, int threads, size_t shared) {
-  if (threads <= 0) return error(cudaErrorInvalidValue);
-  *to = int(resident(devices[size_t(current)], threads, long(shared)));
-  return cudaSuccess;
-}
-
-cudaError_t clusters(int* to, const void*, const cudaLaunchConfig_t* config) {
-  const Device& d = devices[size_t(current)];
-  const Launch l = read(*config);
-  if (d.cluster == 1) return error(cudaErrorNotSupported);
-  if (l.cluster.x > d.cluster) return error(cudaErrorInvalidClusterSize);
-  *to = int(resident(d, count(l.block), long(l.shared)) * d.sms / l.cluster.x);
-  return cudaSuccess;
-}
-
-cudaError_t largest_cluster(int* to, const void*, const cudaLaunchConfig_t*) {
-  *to = int(devices[size_t(current)].cluster);
-  return cudaSuccess;
-}
-
-}  // namespace emu
-
-using emu::current, emu::devices, emu::error, emu::last;
-
-cudaError_t cudaGetLastError() { return std::exchange(last, cudaSuccess); }
-cudaError_t cudaPeekAtLastError() { return last; }
-const char* cudaGetErrorName(cudaError_t e) {
-  switch (e) {
-#define NAME(name) \
-  case name: return #name;
-    NAME(cudaSuccess)
-    NAME(cudaErrorInvalidValue)
-    NAME(cudaErrorMemoryAllocation)
-    NAME(cudaErrorInvalidConfiguration)
-    NAME(cudaErrorInsufficientDriver)
-    NAME(cudaErrorNoDevice)
-    NAME(cudaErrorInvalidDevice)
-    NAME(cudaErrorLaunchOutOfResources)
-    NAME(cudaErrorCooperativeLaunchTooLarge)
-    NAME(cudaErrorNotSupported)
-    NAME(cudaErrorStreamCaptureUnsupported)
-    NAME(cudaErrorInvalidClusterSize)
-  }
-  return "unrecognized error code";
-}
-const char* cudaGetErrorString(cudaError_t e) { return cudaGetErrorName(e); }
-
-cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* n) {
-  *n = int(devices.size());
-  return error(*n ? cudaSuccess : cudaErrorNoDevice);
-}
-cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || size_t(device) >= devices.size()) return error(cudaErrorInvalidDevice);
-  return current = device, cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device < 0 || size_t(device) >= devices.size()) return error(cudaErrorInvalidDevice);
-  const emu::Device& d = devices[size_t(device)];
-  const auto of = [&]() -> long {
-    switch (attribute) {
-      case cudaDevAttrMaxThreadsPerBlock: return d.threads;
-      case cudaDevAttrMaxSharedMemoryPerBlock: return std::min(d.shared, 48l << 10);
-      case cudaDevAttrWarpSize: return 32;
-      case cudaDevAttrMaxRegistersPerBlock:
-      case cudaDevAttrMaxRegistersPerMultiprocessor: return 65536;
-      case cudaDevAttrMultiProcessorCount: return d.sms;
-      case cudaDevAttrL2CacheSize: return d.l2;
-      case cudaDevAttrMaxThreadsPerMultiProcessor: return d.threads_sm;
-      case cudaDevAttrComputeCapabilityMajor: return d.cluster > 1 ? 9 : 8;
-      case cudaDevAttrComputeCapabilityMinor: return 0;
-      case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return d.shared_sm;
-      case cudaDevAttrCooperativeLaunch: return d.cooperative;
-      case cudaDevAttrMaxSharedMemoryPerBlockOptin: return d.shared;
-      case cudaDevAttrMaxBlocksPerMultiprocessor: return d.blocks_sm;
-      case cudaDevAttrReservedSharedMemoryPerBlock: return d.reserved;
-      case cudaDevAttrClusterLaunch: return d.cluster > 1;
-    }
-    return -1;
-  };
-  *value = int(of());
-  return error(*value < 0 ? cudaErrorInvalidValue : cudaSuccess);
-}
-
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, n);
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t) {
-  std::memset(to, value, n);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
-}

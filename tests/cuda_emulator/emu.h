@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <source_location>
+#include <string>
 #include <type_traits>
 
 #include "vector_types.h"
@@ -15,6 +16,10 @@ extern "C" {  // there in builds with ThreadSanitizer only
 __attribute__((weak)) void __tsan_acquire(void*);
 __attribute__((weak)) void __tsan_release(void*);
 }
+
+// What a kernel sees; and its dynamic shared memory, for the kernels' macro.
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+void* fn_emu_dynamic_shared();
 
 namespace emu {
 
@@ -109,5 +114,11 @@ struct Launch {
   void* stream;
   bool cooperative;
 };
+// Every thread of the grid calls `thread`; what went wrong, or nothing.
+std::string run(const Launch&, const std::function<void()>& thread);
+
+// In which order threads run. 0: the first that can. Odd: each has a priority, in 1 from the last to the first; the best
+// runs as far as it can, which finds barriers missing before memory is used again. Even: at random.
+extern unsigned long seed;
 
 }  // namespace emu
