@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <exception>
 #include <memory>
 #include <numeric>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -35,13 +35,14 @@ enum Plant {
   no_last_barrier,  // of the cluster: a block ends while its shared memory is read
   overread,         // one 128-bit load past the end
   misaligned,       // a 128-bit load of four elements that lie across
+  misaligned_hint,  // the same through __ldcs
   shared_overrun,   // one element past the dynamic shared memory
   divergent,        // half of the block at another barrier
   half_warp,        // in a shuffle of all lanes
 };
-constexpr const char* kNames[] = {"none",       "no_barrier",      "no_second_barrier", "early_return",
-                                  "no_fence",   "no_grid_barrier", "no_last_barrier",   "overread",
-                                  "misaligned", "shared_overrun",  "divergent",         "half_warp"};
+constexpr const char* kNames[] = {
+    "none",     "no_barrier", "no_second_barrier", "early_return",   "no_fence",  "no_grid_barrier", "no_last_barrier",
+    "overread", "misaligned", "misaligned_hint",   "shared_overrun", "divergent", "half_warp"};
 
 constexpr int kThreads = 96, kRows = 5, kLength = 500;
 constexpr int kBlocks = 4;
@@ -64,15 +65,16 @@ __device__ double block_sum(double value, Plant plant) {
   return total;
 }
 
-// One block takes several rows, the last of them a part of `to` that it hands on through shared memory.
 __global__ void __launch_bounds__(kThreads) rows(const float* from, double* to, Plant plant) {
   SHARED(float4, kept);
+  const int across = plant == misaligned || plant == misaligned_hint, over = plant == shared_overrun;
   for (int row = int(blockIdx.x); row < kRows; row += int(gridDim.x)) {
-    const float* x = from + row * kLength + (plant == misaligned);
+    const float* x = from + row * kLength + across;
     double sum = 0;
-    for (int i = int(threadIdx.x); i < kLength / 4 - (plant == misaligned); i += int(blockDim.x)) {
-      kept[i + (plant == shared_overrun)] = __ldcs(reinterpret_cast<const float4*>(x) + i);
-      const float4 v = kept[i + (plant == shared_overrun)];
+    for (int i = int(threadIdx.x); i < kLength / 4 - across; i += int(blockDim.x)) {
+      const float4* pack = reinterpret_cast<const float4*>(x) + i;
+      kept[i + over] = plant == misaligned ? *pack : __ldcs(pack);
+      const float4 v = kept[i + over];
       sum += double(v.x) + double(v.y) + double(v.z) + double(v.w);
     }
     if (plant == overread && row == kRows - 1 && threadIdx.x == 0) sum += double(__ldg(&x[kLength]));
@@ -164,7 +166,7 @@ void launch(Kind kind, unsigned blocks, size_t shared, void (*kernel)(P...), A..
   config.attrs = &attribute;
   config.numAttrs = kind == plain ? 0 : 1;
   if (const cudaError_t e = cudaLaunchKernelEx(&config, kernel, arguments...))
-    std::printf("launch: %s\n", cudaGetErrorString(e));
+    throw std::runtime_error(cudaGetErrorString(e));
 }
 
 int check(const char* what, const double* got, const std::vector<double>& wanted) {
@@ -173,7 +175,34 @@ int check(const char* what, const double* got, const std::vector<double>& wanted
   return 0;
 }
 
+__global__ void scale(float* x, int n, float by) {
+  for (int i = int(threadIdx.x); i < n; i += int(blockDim.x)) x[i] *= by;
+}
+
 }  // namespace
+
+// For Python: one launch, and its error.
+extern "C" __attribute__((visibility("default"))) int launch_scale(float* x, int n, float by, unsigned blocks,
+                                                                   unsigned threads, size_t shared, int raise,
+                                                                   unsigned cluster_size, int is_cooperative,
+                                                                   cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = is_cooperative;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster_size;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  if (raise && cudaFuncSetAttribute(scale, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)))
+    return cudaGetLastError();
+  return cudaLaunchKernelEx(&config, scale, x, n, by);
+}
 
 int main(int, char** arguments) {
   int plant = 0;

@@ -361,12 +361,15 @@ EXPORT void fn_emu_seed(unsigned long to) { seed = to; }
 EXPORT int fn_emu_devices(const char* text) {
   try {
     devices = parse(text);
+    dynamic_limit.clear();
   } catch (const std::exception&) {
     return -1;
   }
   return int(devices.size());
 }
 EXPORT int fn_emu_device_count() { return int(devices.size()); }
+EXPORT int fn_emu_get_device() { return current; }
+EXPORT int fn_emu_set_device(int to) { return cudaSetDevice(to); }
 
 // The number of launches since the last call; the first `most` of them.
 EXPORT size_t fn_emu_launches(Record* to, size_t most) {
