@@ -661,6 +661,48 @@ def test_interleaved_arrays_do_not_overlap() -> None:
     assert_same_bits(out, want)
 
 
+def sharing() -> dict[str, dict[str, Array]]:
+    one, other, both = normal((4,)), np.abs(normal((4,), seed=1)), np.abs(normal((9,), seed=2))
+    return {
+        "one array": {"running_mean": other, "running_var": other},
+        "overlapping views": {"running_mean": both[:4], "running_var": both[3:7]},
+        "backwards": {"running_mean": both[4:8], "running_var": both[4:0:-1]},
+        "weight": {"running_mean": one, "running_var": other, "weight": other},
+        "bias": {"running_mean": one, "running_var": other, "bias": one[:]},
+        "every second": {"running_mean": both[1::2], "running_var": other, "weight": both[1:5]},
+    }
+
+
+@pytest.mark.parametrize("ghost", [None, 4])
+@pytest.mark.parametrize("which", sharing())
+def test_running_statistics_that_share_memory_are_refused(which: str, ghost: int | None) -> None:
+    """Each would overwrite the other, or a parameter; evaluation, which writes neither, takes them."""
+    arguments = forward_arguments() | sharing()[which]
+    state = State(**arguments)
+    with pytest.raises(ValueError, match=r"running_\w+ and \w+ share memory"):
+        fn.batch_norm_forward(**arguments, ghost_batch_size=ghost)
+    state.check()
+    fn.batch_norm_forward(**arguments, ghost_batch_size=ghost, training=False)
+
+
+def test_running_statistic_that_overlaps_itself_is_refused() -> None:
+    arguments = forward_arguments()
+    arguments["running_var"] = np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (4,), (0,))
+    state = State(**arguments)
+    with pytest.raises(ValueError, match="running_var overlaps itself"):
+        fn.batch_norm_forward(**arguments)
+    state.check()
+
+
+def test_running_statistics_may_lie_side_by_side() -> None:
+    table = np.abs(normal((4, 4)))
+    for columns in (table, np.asfortranarray(table)):
+        apart = [column.copy() for column in columns.T]
+        for running_mean, running_var, weight, bias in (columns.T, apart):
+            fn.batch_norm_forward(normal((6, 4, 3)), weight, bias, running_mean=running_mean, running_var=running_var)
+        assert_same_bits(columns, np.stack(apart, 1))
+
+
 def test_read_only_inputs_are_never_written() -> None:
     arguments = forward_arguments()
     del arguments["out"]

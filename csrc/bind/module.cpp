@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <vector>
@@ -85,9 +86,18 @@ class Vector {
     if (a.ndim() != 1)
       throw py::value_error(std::string(name) + " must have one axis, not " + std::to_string(a.ndim()));
     if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
+    given_ = a;
+    begin_ = end_ = reinterpret_cast<uintptr_t>(a.data());
+    if (size > 0) {
+      const py::ssize_t step = a.strides(0), span = (size - 1) * step;
+      if (written && size > 1 && std::abs(step) < a.itemsize())
+        throw py::value_error(std::string(name) + " overlaps itself: its stride is " + std::to_string(step) + " bytes");
+      (span < 0 ? begin_ : end_) += span;
+      end_ += a.itemsize();
+    }
     const bool plain = a.flags() & py::array::c_style && a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     if (!plain || a.dtype().byteorder() == '>') {
-      if (written) original_ = a;
+      copied_ = true;
       a = a.attr("astype")(a.dtype().attr("newbyteorder")("="), py::arg("order") = "C");
     }
     const auto dtype = dtype_of(a.dtype());
@@ -100,11 +110,18 @@ class Vector {
   ~Vector() = default;
   const Array& array() const { return array_; }
   void write_back() const {
-    if (original_) original_.attr("__setitem__")(py::ellipsis(), keep_);
+    if (copied_) given_.attr("__setitem__")(py::ellipsis(), keep_);
+  }
+  // Ranges of addresses first, which is all that most calls pay for; columns of one array interleave, though.
+  bool shares_memory(const Vector& other) const {
+    return begin_ < other.end_ && other.begin_ < end_ &&
+           py::module_::import("numpy").attr("shares_memory")(given_, other.given_).cast<bool>();
   }
 
  private:
-  py::object original_, keep_;
+  py::object given_, keep_;
+  bool copied_ = false;
+  uintptr_t begin_ = 0, end_ = 0;
   Array array_;
 };
 
@@ -116,6 +133,13 @@ double* statistics(py::handle h, const char* name, int64_t size, bool written) {
 }
 void expect(bool condition, const char* message) {
   if (!condition) throw py::value_error(message);
+}
+
+// What is written must be nothing else that the call takes.
+void expect_apart(const Vector& written, const char* name, const Vector& other, const char* other_name) {
+  if (written.shares_memory(other))
+    throw py::value_error(std::string(name) + " and " + other_name + " share memory, and training writes " + name +
+                          "; give each its own array, such as a copy");
 }
 
 // One byte for each position.
@@ -190,6 +214,13 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
   expect(training || rm.array(), "running statistics are missing in evaluation");
   expect(!training || f.size() == 0 || !rm.array() || f.per_statistic() > 1,
          "Expected more than 1 value per channel when training");
+  if (training) {
+    expect_apart(rm, "running_mean", rv, "running_var");
+    expect_apart(rm, "running_mean", w, "weight");
+    expect_apart(rm, "running_mean", b, "bias");
+    expect_apart(rv, "running_var", w, "weight");
+    expect_apart(rv, "running_var", b, "bias");
+  }
   double *m = statistics(mean, "mean", s, true), *r = statistics(rstd, "rstd", s, true);
   expect(m && r, "mean and rstd must be given");
   call(&Backend::forward,

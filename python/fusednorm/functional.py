@@ -282,7 +282,7 @@ def batch_norm_forward(
         Any of the four dtypes, whatever x's.
     running_mean, running_var : (C,), optional
         Updated in place when training: ``new = (1 − momentum)·old + momentum·batch``, the variance with n − 1. Used,
-        and needed, when not training.
+        and needed, when not training. What is updated must not share memory with the other, nor with weight or bias.
     training : bool
         Whether the statistics are the batch's or the running ones.
     axis : int
@@ -311,7 +311,7 @@ def batch_norm_forward(
     ------
     ValueError
         One value per channel in training, eps ≤ 0 in training, sizes that do not fit, running statistics missing in
-        evaluation, a read-only array to be written. AxisError for the axis.
+        evaluation, an array to be written that is read-only or shares memory with another. AxisError for the axis.
     TypeError
         Arrays of another kind, other dtypes, momentum None.
     """
