@@ -15,8 +15,10 @@ namespace fusednorm::cpu {
 namespace {
 
 #if defined(_OPENMP)
+constexpr bool kSerial = false;
 int openmp_limit() { return omp_get_max_threads(); }
 #else
+constexpr bool kSerial = true;
 int openmp_limit() { return 1; }
 #endif
 
@@ -31,7 +33,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true
 
 int threads() {
   (void)fork_handler;
-  if (forked.load(std::memory_order_relaxed)) return 1;
+  if (kSerial || forked.load(std::memory_order_relaxed)) return 1;
   const int limit = openmp_limit(), n = wanted.load(std::memory_order_relaxed);
   if (n == 0) return limit;
   // A limit that somebody (threadpoolctl, torch.set_num_threads) changed since we started binds us too.
