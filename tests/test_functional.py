@@ -869,6 +869,34 @@ def test_no_overflow(shape: tuple[int, ...], axis: int, dtype: str, part: Any, i
         np.testing.assert_allclose(dx.astype(np.float64), want_dx, rtol=u, atol=2e-6 * scale + 1e-7)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((8, 3, 500), 1), ((8, 500, 3), -1)])
+@pytest.mark.parametrize("weight", [1.0, -1e-3, 1e-6])
+@pytest.mark.parametrize(
+    ("mean", "sigma"), [(0, 1e34), (0, 1e36), (0, 1e38), (3e38, 5e34), (-3e38, 1e36), (1e38, 1e37)]
+)
+def test_accuracy_at_the_end_of_float32(
+    mean: float, sigma: float, weight: float, shape: tuple[int, ...], axis: int, isa: str
+) -> None:
+    """What the notes of batch_norm_forward promise where weight·rstd is subnormal or x − mean might overflow."""
+    rng = np.random.default_rng(0)
+    x = (mean + sigma * rng.uniform(-1.7, 1.7, shape)).clip(-3.4e38, 3.4e38).astype(np.float32)
+    weights = np.full(3, weight, np.float32)
+    y, *saved = fn.batch_norm_forward(x, weights, axis=axis)
+    want, want_mean, want_rstd = reference.batch_norm_forward(x, weights, axis=axis)
+    np.testing.assert_allclose(saved, [want_mean, want_rstd], rtol=1e-6, atol=1e-6 * sigma)
+    scale = np.abs(weight * want_rstd).max()
+    counted = want_rstd.max() * (np.abs(x.astype(np.float64)).max() + abs(mean))  # |x̂|, were it not for the mean
+    np.testing.assert_allclose(
+        y, want, rtol=0, atol=2e-6 * np.abs(want).max() + (6e-8 + 7.1e-46 / scale) * abs(weight) * counted
+    )
+    dy = rng.standard_normal(shape).astype(np.float32)
+    _, dweight, dbias = fn.batch_norm_backward(dy, x, *saved, weights, axis=axis)
+    _, want_dweight, want_dbias = reference.batch_norm_backward(dy, x, want_mean, want_rstd, axis=axis)
+    size = np.abs(dy.astype(np.float64)).sum()
+    np.testing.assert_allclose(dweight, want_dweight, rtol=0, atol=(2e-6 + 6e-8 * counted) * size)
+    np.testing.assert_allclose(dbias, want_dbias, rtol=0, atol=1e-6 * size)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, -0.0, 0.1, 1.0, -3.7, 1e-3, 1e4, 1 / 3, "largest", "smallest"])
 def test_constants_have_variance_zero(dtype: str, value: Any, isa: str) -> None:

@@ -314,6 +314,13 @@ def batch_norm_forward(
         evaluation, an array to be written that is read-only or shares memory with another. AxisError for the axis.
     TypeError
         Arrays of another kind, other dtypes, momentum None.
+
+    Notes
+    -----
+    float32 and bfloat16 x lose digits at the end of float32's range. Where σ is above 3e34, ``x − mean`` might overflow
+    and is not formed: x̂ is then off by up to ``6e-8·(|x| + |mean|)·rstd``, which is much if the mean is many σ away.
+    Where ``|weight·rstd|`` is below 1.2e-38 (σ = 1e36 with a weight of 1e-3), it is rounded to a multiple of 1.4e-45,
+    and y is off by up to ``7e-46/|weight·rstd|`` of itself.
     """
     return _forward(
         x, weight, bias, running_mean, running_var, training, momentum, -1, eps, axis, residual, activation,
