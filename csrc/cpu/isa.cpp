@@ -44,15 +44,17 @@ bool runs_here(const std::string& name) {
 }
 
 const Backend* choose(const std::string& name) {
-  std::string built;
+  std::string built, runnable;
+  const Level* found = nullptr;
   for (const Level& level : levels()) {
-    if (name == level.backend->name || name == std::string("x86-64-") + level.backend->name) {
-      if (!level.runs_here) throw std::invalid_argument("this machine does not run the instruction set '" + name + "'");
-      return level.backend;
-    }
+    if (name == level.backend->name || name == std::string("x86-64-") + level.backend->name) found = &level;
     built += std::string(built.empty() ? "" : ", ") + level.backend->name;
+    if (level.runs_here) runnable += std::string(runnable.empty() ? "" : ", ") + level.backend->name;
   }
-  throw std::invalid_argument("unknown instruction set '" + name + "'; this build has " + built);
+  if (!found) throw std::invalid_argument("unknown instruction set '" + name + "'; this build has " + built);
+  if (!found->runs_here)
+    throw std::invalid_argument("this machine does not run the instruction set '" + name + "'; it runs " + runnable);
+  return found->backend;
 }
 
 std::atomic<const Backend*> chosen{nullptr};
