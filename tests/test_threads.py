@@ -215,6 +215,26 @@ print(*seen)
     assert result.stdout.split() == ["4", "1", "2", "4", "2", "3", "3"], result.stderr
 
 
+def test_torchs_limit_is_honoured() -> None:
+    """gcc's runtime is the one that PyTorch's wheels bring; clang's knows nothing of it."""
+    needs_openmp()
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not fn.build_info()["compiler"].startswith("GNU"):
+        pytest.skip("built with another OpenMP runtime")
+    code = """
+import fusednorm as fn, torch
+torch.set_num_threads(1)
+seen = [fn.get_num_threads()]
+fn.set_num_threads(3)
+seen.append(fn.get_num_threads())
+torch.set_num_threads(2)
+seen.append(fn.get_num_threads())
+print(*seen)
+"""
+    result = run_python(code, OMP_NUM_THREADS="4")
+    assert result.stdout.split() == ["1", "1", "2"], result.stderr
+
+
 # fork
 
 

@@ -42,7 +42,8 @@ def build_info() -> dict[str, Any]:
 def set_num_threads(n: int) -> None:
     """Threads that a kernel may use, in every Python thread; ValueError for n < 1.
 
-    A limit set later through OpenMP (threadpoolctl, OMP's own calls) holds besides.
+    A limit set through OpenMP after the import holds besides, in the Python thread that sets it: threadpoolctl's, and
+    ``torch.set_num_threads``, since PyTorch and a fusednorm built with gcc share one OpenMP runtime.
     """
     if n < 1:
         raise ValueError(f"the number of threads must be at least 1, not {n}")
