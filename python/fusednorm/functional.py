@@ -492,8 +492,8 @@ def moments(
 ) -> tuple[Array, Array]:
     """Mean and variance over `axes` (the axes that are *reduced*), as ``tf.nn.moments``.
 
-    Two passes over each chunk in cache, merged as Chan, Golub & LeVeque (1979): the variance keeps its digits at any
-    mean/σ. Divided by ``n − correction``; NaN where that is not positive.
+    Welford's update (1962), a block at a time, as Chan, Golub & LeVeque (1979) generalize it: the variance keeps its
+    digits at any mean/σ. Divided by ``n − correction``; NaN where that is not positive.
 
     Returns
     -------
