@@ -11,6 +11,7 @@ import operator
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -146,10 +147,7 @@ class Memory:
     def __init__(self, size: int) -> None:
         self.size, self.device_id = size, _device()
         self.ptr: int = emulator.library().fn_emu_allocate(size)
-        self._free = emulator.library().fn_emu_free
-
-    def __del__(self) -> None:
-        self._free(self.ptr)
+        weakref.finalize(self, emulator.library().fn_emu_free, self.ptr)
 
 
 class UnownedMemory:

@@ -70,7 +70,7 @@ std::vector<Device> parse(const std::string& text) {
 
 std::vector<Device> chosen() {
   if (const char* text = std::getenv("FUSEDNORM_EMU_DEVICES")) return parse(text);
-  const std::string toy = "threads=256,threads_sm=512,shared=2048,shared_sm=4096,reserved=0,l2=16384,cluster=4";
+  const std::string toy = "threads=256,threads_sm=256,shared=20480,shared_sm=40960,reserved=0,l2=65536,cluster=4";
   return parse(";" + toy + ";" + toy + ",cluster=1;" + toy + ",cluster=1,cooperative=0;" + toy +
                ",refuse_clusters=1,refuse_cooperative=1");
 }
@@ -306,7 +306,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int of)
       case cudaDevAttrMaxSharedMemoryPerBlock: return std::min(d.shared, 48l << 10);
       case cudaDevAttrWarpSize: return 32;
       case cudaDevAttrMaxRegistersPerBlock:
-      case cudaDevAttrMaxRegistersPerMultiprocessor: return 65536;
+      case cudaDevAttrMaxRegistersPerMultiprocessor: return std::min(65536l, 64 * d.threads_sm);
       case cudaDevAttrMultiProcessorCount: return d.sms;
       case cudaDevAttrL2CacheSize: return d.l2;
       case cudaDevAttrMaxThreadsPerMultiProcessor: return d.threads_sm;
