@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,14 @@ def test_planted_error_is_caught(kind: str, plant: str, build: Build) -> None:
     assert any(code != 0 and re.search(CAUGHT[plant][kind], words) for code, words in found), found
 
 
+@pytest.mark.parametrize("plant", ["early_return", "no_last_barrier", "divergent", "half_warp"])
+def test_the_emulator_outlives_an_error(plant: str, build: Build) -> None:
+    for seed in range(3):
+        done = run(build("plain"), plant, "none", plant, "none", FUSEDNORM_EMU_SEED=str(seed), FUSEDNORM_EMU_DEVICES="")
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.count("CUDA emulator: ") == 2
+
+
 # Within Python.
 
 
@@ -217,6 +226,21 @@ def test_a_kernel_on_arrays(emulator: Any, cupy: Any) -> None:
         assert launch(emulator, x, 2.0, threads=96) == 0
         np.testing.assert_array_equal(x.get(), 2 * np.arange(1000, dtype="f4"))
     emulator.seed(0)
+
+
+def test_python_threads_launch_at_the_same_time(emulator: Any, cupy: Any) -> None:
+    emulator.devices("")
+    arrays = [cupy.ones(500, np.float32) for _ in range(4)]
+
+    def work(x: Any) -> None:
+        for _ in range(20):
+            assert launch(emulator, x, 2.0, threads=64) == 0
+            x *= 0.5
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, arrays))
+    for x in arrays:
+        assert (x.get() == 1).all()
 
 
 def test_streams_belong_to_devices(emulator: Any, cupy: Any) -> None:

@@ -1,7 +1,7 @@
 // Kernels that use what the emulator offers, and what is to be caught if one line of them is wrong.
 //
-// `controls PLANT` runs them with that error planted, `controls none` without; 0 if all results are right. Some errors show
-// in a wrong result or a deadlock, others only under a sanitizer: tests/test_cuda_emulator.py has the table.
+// `controls PLANT…` runs them with each error in turn, `none` is without; 0 if all results of the last were right. Some
+// errors show in a wrong result or a deadlock, others only under a sanitizer: tests/test_cuda_emulator.py has the table.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -204,10 +204,7 @@ extern "C" __attribute__((visibility("default"))) int launch_scale(float* x, int
   return cudaLaunchKernelEx(&config, scale, x, n, by);
 }
 
-int main(int, char** arguments) {
-  int plant = 0;
-  while (plant < half_warp && arguments[1] != std::string(kNames[plant])) ++plant;
-  const Plant p = Plant(plant);
+static bool right(Plant p) {
   std::vector<float> x(kRows * kLength);  // whole numbers, whose sums are exact
   std::vector<double> sums(kRows);
   for (size_t i = 0; i < x.size(); ++i) {
@@ -230,7 +227,17 @@ int main(int, char** arguments) {
     wrong += check("cluster", out.get(), std::vector<double>(2 * kBlocks, total));
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
-    wrong = 1;
+    return false;
   }
-  return wrong != 0;
+  return wrong == 0;
+}
+
+int main(int, char** arguments) {
+  bool good = false;
+  while (*++arguments) {
+    int plant = 0;
+    while (plant < half_warp && *arguments != std::string(kNames[plant])) ++plant;
+    good = right(Plant(plant));
+  }
+  return !good;
 }

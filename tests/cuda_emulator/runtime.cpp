@@ -118,9 +118,11 @@ Launch read(const cudaLaunchConfig_t& c) {
   return l;
 }
 
+std::mutex streaming;
 std::map<void*, int> streams;  // and their devices; besides the null stream
 
 bool usable(void* stream) {
+  const std::lock_guard lock(streaming);
   const auto found = streams.find(stream);
   return uintptr_t(stream) <= 2 || (found != streams.end() && found->second == current);
 }
@@ -189,11 +191,17 @@ using Step = std::function<void()>;
 using Graph = std::vector<Step>;
 std::map<void*, std::unique_ptr<Graph>> recording;  // by stream
 
+bool captured(void* stream) {
+  const std::lock_guard lock(streaming);
+  return recording.count(stream);
+}
 void enqueue(void* stream, Step step) {
-  if (const auto found = recording.find(stream); found != recording.end())
-    found->second->push_back(std::move(step));
-  else
-    step();
+  {
+    const std::lock_guard lock(streaming);
+    if (const auto found = recording.find(stream); found != recording.end())
+      return found->second->push_back(std::move(step));
+  }
+  step();
 }
 
 }  // namespace
@@ -342,14 +350,15 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t n, cudaStream_t stream) 
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (recording.count(stream)) return error(cudaErrorStreamCaptureUnsupported);
+  if (captured(stream)) return error(cudaErrorStreamCaptureUnsupported);
   return usable(stream) ? cudaSuccess : error(cudaErrorInvalidResourceHandle);
 }
 cudaError_t cudaDeviceSynchronize() {
+  const std::lock_guard lock(streaming);
   return recording.empty() ? cudaSuccess : error(cudaErrorStreamCaptureUnsupported);
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  *status = recording.count(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status = captured(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
@@ -408,13 +417,18 @@ EXPORT void fn_emu_free(void* data) {
 EXPORT void fn_emu_open(int change) { emu::open(change); }
 
 EXPORT void* fn_emu_stream(int of) {
+  const std::lock_guard lock(streaming);
   void* stream = reinterpret_cast<void*>(0x100 + 0x10 * streams.size());
   streams[stream] = of;
   return stream;
 }
-EXPORT void fn_emu_begin_capture(void* stream) { recording[stream] = std::make_unique<Graph>(); }
-EXPORT int fn_emu_capturing(void* stream) { return int(recording.count(stream)); }
+EXPORT void fn_emu_begin_capture(void* stream) {
+  const std::lock_guard lock(streaming);
+  recording[stream] = std::make_unique<Graph>();
+}
+EXPORT int fn_emu_capturing(void* stream) { return captured(stream); }
 EXPORT void* fn_emu_end_capture(void* stream) {
+  const std::lock_guard lock(streaming);
   Graph* graph = recording.at(stream).release();
   recording.erase(stream);
   return graph;
