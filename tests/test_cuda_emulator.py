@@ -152,6 +152,17 @@ def cupy(emulator: Any) -> Any:
     return cupy
 
 
+HOST = """
+import ctypes, sys
+sys.path.insert(0, {folder!r})
+import emulator
+emulator.use({library!r})
+import cupy
+x = cupy.zeros(4)
+{attempt}
+"""
+
+
 def launch(
     emulator: Any, x: Any = None, by: float = 1, *, blocks: int = 1, threads: int = 32, shared: int = 0,
     raised: bool = True, cluster: int = 1, cooperative: bool = False, stream: int | None = None,
@@ -164,8 +175,8 @@ def launch(
     return code
 
 
-INVALID_VALUE, INVALID_CONFIGURATION, INVALID_HANDLE, OUT_OF_RESOURCES, TOO_LARGE, NOT_SUPPORTED, CLUSTER_SIZE = (
-    1, 9, 400, 701, 720, 801, 912)  # fmt: skip
+INVALID_VALUE, INITIALIZATION, INVALID_CONFIGURATION, INVALID_HANDLE = 1, 3, 9, 400
+OUT_OF_RESOURCES, TOO_LARGE, NOT_SUPPORTED, CLUSTER_SIZE = 701, 720, 801, 912
 
 
 @pytest.mark.parametrize(
@@ -243,6 +254,20 @@ def test_python_threads_launch_at_the_same_time(emulator: Any, cupy: Any) -> Non
         assert (x.get() == 1).all()
 
 
+def test_launches_fail_in_a_child_of_fork(build: Build) -> None:
+    code = """
+import os
+scale = lambda: emulator.library().launch_scale(None, 0, ctypes.c_float(1), 1, 32, 0, 0, 1, 0, None)
+assert scale() == 0
+pid = os.fork()
+if pid == 0:
+    os._exit(scale())
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    done = run(sys.executable, "-c", HOST.format(folder=str(FOLDER), library=str(build("library")), attempt=code))
+    assert done.stdout.split() == [str(INITIALIZATION)], done.stdout
+
+
 def test_streams_belong_to_devices(emulator: Any, cupy: Any) -> None:
     emulator.devices(";")
     with cupy.cuda.Device(1):
@@ -273,17 +298,6 @@ def test_a_graph_runs_when_it_is_launched(emulator: Any, cupy: Any) -> None:
             graph.launch()
             assert x.get().tolist() == [6**times] * 8
             assert y.get().tolist() == [2 * 6 ** (times - 1) + 1] * 8
-
-
-HOST = """
-import ctypes, sys
-sys.path.insert(0, {folder!r})
-import emulator
-emulator.use({library!r})
-import cupy
-x = cupy.zeros(4)
-{attempt}
-"""
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 // Kernels that use what the emulator offers, and what is to be caught if one line of them is wrong.
 //
-// `controls PLANT…` runs them with each error in turn, `none` is without; 0 if all results of the last were right. Some
-// errors show in a wrong result or a deadlock, others only under a sanitizer: tests/test_cuda_emulator.py has the table.
+// `controls PLANT…` runs them with each error in turn, `none` is without; 0 if all results of the last were right.
+// Some errors show in a wrong result or a deadlock, others only under a sanitizer: tests/test_cuda_emulator.py has the
+// table.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 

@@ -130,11 +130,11 @@ class Graph:
             raise RuntimeError(wrong.decode())
 
 
-Stream.null = Stream(null=True)  # type: ignore[attr-defined]
+_null = Stream.null = Stream(null=True)  # type: ignore[attr-defined]
 
 
 def get_current_stream(device_id: int | None = None) -> Stream:
-    found: Stream = _current.streams.get(_device() if device_id is None else device_id, Stream.null)  # type: ignore[attr-defined]
+    found: Stream = _current.streams.get(_device() if device_id is None else device_id, _null)
     return found
 
 

@@ -1,5 +1,5 @@
-// The emulator's threads, barriers and shared memory. Compiled without sanitizers, which must see the kernels
-// and not this bookkeeping.
+// The emulator's threads, barriers and shared memory. Compiled without sanitizers, which must see the kernels and not
+// this bookkeeping.
 //
 //     launching thread ── baton ──▶ Block: an OS thread, so that thread_local is the block's shared memory
 //                                     └── Fiber: a CUDA thread, a stack of its own
@@ -196,6 +196,7 @@ Fiber* Block::next() {
   std::swap(ready[head], ready[chosen]);
   Fiber* f = ready[head++];
   if (head == ready.size() || head > 4096) {
+    Quiet quiet;
     ready.erase(ready.begin(), ready.begin() + long(head));
     head = 0;
   }

@@ -117,8 +117,8 @@ struct Launch {
 // Every thread of the grid calls `thread`; what went wrong, or nothing.
 std::string run(const Launch&, const std::function<void()>& thread);
 
-// In which order threads run. 0: the first that can. Odd: each has a priority, in 1 from the last to the first; the best
-// runs as far as it can, which finds barriers missing before memory is used again. Even: at random.
+// In which order threads run. 0: the first that can. Odd: each has a priority, in 1 from the last to the first; the
+// best runs as far as it can, which finds barriers missing before memory is used again. Even: at random.
 extern unsigned long seed;
 
 }  // namespace emu

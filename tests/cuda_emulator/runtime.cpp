@@ -84,6 +84,12 @@ cudaError_t error(cudaError_t e) {
   return e;
 }
 
+// CUDA does not survive a fork.
+bool forked() {
+  static const pid_t first = getpid();
+  return getpid() != first;
+}
+
 const Device& device() { return devices[size_t(current)]; }
 
 // Launches.
@@ -130,6 +136,7 @@ bool usable(void* stream) {
 cudaError_t check(const Launch& l, const void* kernel) {
   const Device& d = device();
   const long threads = count(l.block), blocks = count(l.grid);
+  if (forked()) return cudaErrorInitializationError;
   if (!usable(l.stream)) return cudaErrorInvalidResourceHandle;
   if (blocks == 0 || l.grid.x > 0x7fffffff || l.grid.y > 65535 || l.grid.z > 65535)
     return cudaErrorInvalidConfiguration;
@@ -271,6 +278,7 @@ const char* cudaGetErrorName(cudaError_t e) {
     NAME(cudaSuccess);
     NAME(cudaErrorInvalidValue);
     NAME(cudaErrorMemoryAllocation);
+    NAME(cudaErrorInitializationError);
     NAME(cudaErrorInvalidConfiguration);
     NAME(cudaErrorInsufficientDriver);
     NAME(cudaErrorNoDevice);
@@ -294,13 +302,14 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 cudaError_t cudaGetDeviceCount(int* n) {
   *n = int(devices.size());
-  return cudaSuccess;
+  return forked() ? error(cudaErrorInitializationError) : cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* to) {
   *to = current;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int to) {
+  if (forked()) return error(cudaErrorInitializationError);
   if (to < 0 || size_t(to) >= devices.size()) return error(cudaErrorInvalidDevice);
   current = to;
   return cudaSuccess;
