@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/cuda.h"
@@ -46,6 +47,21 @@ py::array as_array(py::handle h, const char* name) {
     type_error(std::string(name) + " must be a NumPy array, not " + shown(py::type::of(h).attr("__name__")));
   return py::reinterpret_borrow<py::array>(h);
 }
+
+// The addresses from an array's lowest byte to its highest: what costs little to compare, and mostly is enough to tell
+// that two arrays share no memory. Columns of one array interleave, though.
+struct Extent {
+  uintptr_t begin = 0, end = 0;
+
+  Extent() = default;
+  explicit Extent(const py::array& a) {
+    if (a.size() == 0) return;
+    begin = reinterpret_cast<uintptr_t>(a.data());
+    end = begin + uintptr_t(a.itemsize());
+    for (py::ssize_t i = 0; i < a.ndim(); ++i) (a.strides(i) < 0 ? begin : end) += (a.shape(i) - 1) * a.strides(i);
+  }
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
 
 void expect_size(const char* name, int64_t expected, int64_t actual) {
   if (expected != actual)
@@ -87,14 +103,10 @@ class Vector {
       throw py::value_error(std::string(name) + " must have one axis, not " + std::to_string(a.ndim()));
     if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
     given_ = a;
-    begin_ = end_ = reinterpret_cast<uintptr_t>(a.data());
-    if (size > 0) {
-      const py::ssize_t step = a.strides(0), span = (size - 1) * step;
-      if (written && size > 1 && std::abs(step) < a.itemsize())
-        throw py::value_error(std::string(name) + " overlaps itself: its stride is " + std::to_string(step) + " bytes");
-      (span < 0 ? begin_ : end_) += span;
-      end_ += a.itemsize();
-    }
+    extent_ = Extent(a);
+    if (written && size > 1 && std::abs(a.strides(0)) < a.itemsize())
+      throw py::value_error(std::string(name) + " overlaps itself: its stride is " + std::to_string(a.strides(0)) +
+                            " bytes");
     const bool plain = a.flags() & py::array::c_style && a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
     if (!plain || a.dtype().byteorder() == '>') {
       copied_ = true;
@@ -112,16 +124,15 @@ class Vector {
   void write_back() const {
     if (copied_) given_.attr("__setitem__")(py::ellipsis(), keep_);
   }
-  // Ranges of addresses first, which is all that most calls pay for; columns of one array interleave, though.
   bool shares_memory(const Vector& other) const {
-    return begin_ < other.end_ && other.begin_ < end_ &&
+    return extent_.meets(other.extent_) &&
            py::module_::import("numpy").attr("shares_memory")(given_, other.given_).cast<bool>();
   }
 
  private:
   py::object given_, keep_;
   bool copied_ = false;
-  uintptr_t begin_ = 0, end_ = 0;
+  Extent extent_;
   Array array_;
 };
 
@@ -289,6 +300,14 @@ void copy(py::handle to, py::handle from) {
   call(&Backend::copy, CopyArgs{t.data, f.data, target.nbytes()});
 }
 
+// Whether the extent of `out` meets none of the others' (None: not given). What is no array is told by whoever reads it.
+bool apart(const py::array& out, const py::tuple& others) {
+  const Extent written(out);
+  for (py::handle h : others)
+    if (py::isinstance<py::array>(h) && written.meets(Extent(py::reinterpret_borrow<py::array>(h)))) return false;
+  return true;
+}
+
 // Memory of the output pool as a Python buffer; it goes back when the last array on it is gone.
 class PoolMemory {
  public:
@@ -378,6 +397,7 @@ PYBIND11_MODULE(_C, m) {
         arg("dresidual"));
 
   m.def("copy", &copy, arg("to"), arg("from"));
+  m.def("apart", &apart, arg("out"), arg("others"));
 
   m.def("build_info", &build_info);
   m.def("select_isa", &cpu::select, arg("name"));

@@ -20,7 +20,8 @@ namespace {
 
 constexpr int kPanelBytes = 1024;  // of one row
 constexpr int64_t kChunkElements = 8192, kTileElements = 262144, kMaxTiles = 128;
-constexpr int kSumStep = 4;  // rows that share one load of a column's accumulators
+constexpr int64_t kTurnFrom = 1 << 18;  // bytes of a tensor from which its misalignment is worth a turn
+constexpr int kSumStep = 4;             // rows that share one load of a column's accumulators
 
 template <class T>
 constexpr int kPanel = kPanelBytes / int(sizeof(T));  // columns
@@ -250,73 +251,34 @@ FN_INLINE void to_columns(const D* vectors, int64_t columns, double* out) {
         if (j < columns) out[j] = vectors[vector][lane % kLanes<double>];
       }
 }
-// Calls set(register, lane, channel) for the columns [begin, end), which begin at the channel `turn`. Columns beyond
-// the last are given a channel too: registers are filled whole.
-template <class T, class Set>
-FN_INLINE void for_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Set&& set) {
+// Fills the registers of the columns [begin, end), which begin at the channel `turn`: of(channel) is found once for each
+// channel, and kept in `own` [groups]; set(register, part, lane, own) hands it to its lanes. Lanes beyond the last
+// column are filled too.
+template <class T, class Coefficients, class Of, class Set>
+FN_INLINE void fill_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Coefficients* own,
+                          Of&& of, Set&& set) {
   constexpr int64_t width = Pack<T>::width;
+  const auto channel = [&](int64_t column) {
+    const int64_t c = (column < shape.columns ? column : shape.columns - 1) + turn;
+    return c < shape.groups ? c : c % shape.groups;
+  };
+  for (int64_t j = begin; j < end && j < shape.groups; ++j) own[channel(j)] = of(channel(j));
   for (int64_t index = begin / width; index * width < end; ++index)
     for (int part = 0; part < Pack<T>::parts; ++part)
       for (int lane = 0; lane < kLanes<Real<T>>; ++lane)
-        set(index * Pack<T>::parts + part, lane, (index * width + Pack<T>::order(part, lane) + turn) % shape.groups);
+        set(index, part, lane, own[channel(index * width + Pack<T>::order(part, lane))]);
 }
-
-template <class V>
-struct ColumnAffine {
-  V hi, scale, shift;
-};
-template <class V>
-struct ColumnGrad {
-  V hi, rstd, scale, slope, shift;  // GradAffine
-  V pre_scale, pre_shift;           // Affine, for the activation's derivative
-};
 
 FN_INLINE void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + kAheadBytes); }
 
-template <bool kStream, class T, class There>
-FN_INLINE void put(T* p, const Lanes<T>& v, There there) {
-  if constexpr (kStream)
-    stream(p, v);
-  else
-    store(p, v, there);
-}
-
-template <bool kStream, class E>
-[[gnu::noinline]] void apply_block(const E& e, const typename E::Element* x, typename E::Element* y, const Block& block,
-                                   const ColumnAffine<typename E::V>* a) {
-  using T = typename E::Element;
-  constexpr int parts = Pack<T>::parts;
+template <bool kStream, class E, class T>
+[[gnu::noinline]] void apply_block(const E& e, const T* x, T* y, const Block& block, const PackAffine<T>* a) {
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t row = block.offset + r * block.stride;
     across<T>(block.columns, [&](int64_t j, int64_t index, auto there) FN_LAMBDA {
-      const int64_t i = row + j;
-      prefetch_ahead(x + i);
-      const Lanes<T> added = e.load_residual(i, there);
-      Lanes<T> v = load(x + i, there);
-      for (int part = 0; part < parts; ++part) {
-        const ColumnAffine<typename E::V>& c = a[index * parts + part];
-        v.v[part] = e.value(e.pre(v.v[part] - c.hi, c.scale, c.shift, added.v[part]));
-      }
-      put<kStream>(y + i, v, there);
+      prefetch_ahead(x + row + j);
+      apply_pack(e, x, y, row + j, a[index], there, kStream);
     });
-  }
-}
-
-// u and z = (x − hi)·rstd of the packs at element i.
-template <class E, class There>
-FN_INLINE void load_u_z(const E& e, const typename E::Element* dy, const typename E::Element* x,
-                        const ColumnGrad<typename E::V>* g, int64_t i, There there, Lanes<typename E::Element>& u,
-                        Lanes<typename E::Element>& z) {
-  using T = typename E::Element;
-  constexpr int parts = Pack<T>::parts;
-  u = load(dy + i, there);
-  z = load(x + i, there);
-  const Lanes<T> added = E::kNeedsPre ? e.load_residual(i, there) : Lanes<T>{};
-  for (int part = 0; part < parts; ++part) {
-    z.v[part] = z.v[part] - g[part].hi;
-    if constexpr (E::kNeedsPre)
-      u.v[part] = e.gradient(u.v[part], e.pre(z.v[part], g[part].pre_scale, g[part].pre_shift, added.v[part]));
-    z.v[part] = z.v[part] * g[part].rstd;
   }
 }
 
@@ -325,11 +287,9 @@ struct PanelGradSums {
   D u[kPanelVectors<T> * kWide<Real<T>>] = {}, uz[kPanelVectors<T> * kWide<Real<T>>] = {};
 };
 
-template <class E>
-[[gnu::noinline]] void add_grad_chunk(const E& e, const typename E::Element* dy, const typename E::Element* x,
-                                      const Block& block, const ColumnGrad<typename E::V>* g, int64_t ahead,
-                                      PanelGradSums<typename E::Element>& tile) {
-  using T = typename E::Element;
+template <class E, class T>
+[[gnu::noinline]] void add_grad_chunk(const E& e, const T* dy, const T* x, const Block& block, const PackGrad<T>* g,
+                                      int64_t ahead, PanelGradSums<T>& tile) {
   using V = typename E::V;
   constexpr int parts = Pack<T>::parts, wide = kWide<Real<T>>;
   PanelSums<T> sum, product;
@@ -340,11 +300,10 @@ template <class E>
     for (int k = 0; k < now.value; ++k, i += block.stride) {
       prefetch(x + i + ahead);
       prefetch(dy + i + ahead);
-      Lanes<T> u, z;
-      load_u_z(e, dy, x, g + index * parts, i, there, u, z);
+      const GradPack<T> at = load_grad_pack(e, dy, x, i, g[index], there);
       for (int part = 0; part < parts; ++part) {
-        s[part] += u.v[part];
-        q[part] = fma(u.v[part], z.v[part], q[part]);
+        s[part] += at.u.v[part];
+        q[part] = fma(at.u.v[part], at.z.v[part], q[part]);
       }
     }
     for (int part = 0; part < parts; ++part) {
@@ -366,29 +325,15 @@ template <class E>
   });
 }
 
-template <bool kConstant, bool kStream, class E>
-[[gnu::noinline]] void grad_block(const E& e, const typename E::Element* dy, const typename E::Element* x,
-                                  const GradOut<typename E::Element>& out, const Block& block,
-                                  const ColumnGrad<typename E::V>* g) {
-  using T = typename E::Element;
-  constexpr int parts = Pack<T>::parts;
+template <bool kConstant, bool kStream, class E, class T>
+[[gnu::noinline]] void grad_block(const E& e, const T* dy, const T* x, const GradOut<T>& out, const Block& block,
+                                  const PackGrad<T>* g) {
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t row = block.offset + r * block.stride;
     across<T>(block.columns, [&](int64_t j, int64_t index, auto there) FN_LAMBDA {
-      const int64_t i = row + j;
-      prefetch_ahead(x + i);
-      prefetch_ahead(dy + i);
-      Lanes<T> u, v;
-      load_u_z(e, dy, x, g + index * parts, i, there, u, v);
-      for (int part = 0; part < parts; ++part) {
-        const ColumnGrad<typename E::V>& c = g[index * parts + part];
-        if constexpr (kConstant)
-          v.v[part] = c.scale * u.v[part];
-        else
-          v.v[part] = fma(c.scale, u.v[part], fma(c.slope, v.v[part], c.shift));
-      }
-      put<kStream>(out.dx + i, v, there);
-      if (out.dresidual) put<kStream>(out.dresidual + i, u, there);
+      prefetch_ahead(x + row + j);
+      prefetch_ahead(dy + row + j);
+      grad_pack<kConstant>(e, dy, x, out, row + j, g[index], there, kStream);
     });
   }
 }
@@ -400,17 +345,21 @@ template <class T>
 struct Writes {
   const ColumnShape<T>& shape;
   const T* out;
-  bool streamed;
+  bool turned, streamed;
   int64_t size, rows_each, tasks_each, tasks;
 
-  Writes(const ColumnShape<T>& s, int64_t batch, const T* out_, bool past) : shape(s), out(out_), streamed(past) {
+  // `own_rows`: rows must begin where the tensor's do. `alike`: what else is written is aligned as `out` is.
+  Writes(const ColumnShape<T>& s, int64_t batch, const T* out_, bool own_rows, bool alike) : shape(s), out(out_) {
+    const int64_t bytes = batch * s.outer * s.groups * int64_t(sizeof(T));
+    turned = !own_rows && bytes >= kTurnFrom;
+    streamed = turned && alike && bytes >= kStreamBytes;
     size = s.outer * s.groups;
     rows_each = kWriteElements / s.columns > 0 ? kWriteElements / s.columns : 1;
     tasks_each = (size / s.columns + rows_each - 1) / rows_each + 1;  // the last one: what is no whole row
     tasks = out ? batch * tasks_each : 0;
   }
   int64_t head(int64_t b) const {
-    const int64_t n = streamed ? to_alignment(out + b * size) : 0;
+    const int64_t n = turned ? to_alignment(out + b * size) : 0;
     return n < 0 || n > size ? 0 : n;
   }
   bool past(int64_t b) const {
@@ -485,17 +434,17 @@ template <class E>
 void forward_columns(const E& e, const ForwardPass& pass) {
   using T = typename E::Element;
   using R = Real<T>;
-  using V = typename E::V;
   const Fold& f = pass.fold;
   const ColumnShape<T> shape(f, pass.mask);
   const ColumnTasks<T> tasks(shape, f.batch);
-  const int64_t tiles = shape.all_tiles(), vectors = shape.registers() * Pack<T>::parts;
+  const int64_t tiles = shape.all_tiles(), registers = shape.registers();
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
-  const Writes<T> writes(shape, f.batch, y, f.size() * int64_t(sizeof(T)) >= kStreamBytes);
+  const Writes<T> writes(shape, f.batch, y, false, true);
   const int64_t sums = pass.takes_statistics() ? f.batch * tiles * shape.columns : 0;
   Scratch<double> part_n(pass.takes_statistics() ? f.batch * tiles : 0), part_mean(sums), part_m2(sums);
-  Scratch<ColumnAffine<V>> coefficients(y ? f.batch * vectors : 0);
+  Scratch<PackAffine<T>> coefficients(y ? f.batch * registers : 0);
+  Scratch<Affine<R>> own(y ? f.statistics() : 0);
 
   const auto settle_moments = [&](const typename ColumnTasks<T>::Settle& at) {
     // Tiles into the first, all columns with the same counts; then the copies of a column; then the rest.
@@ -523,24 +472,25 @@ void forward_columns(const E& e, const ForwardPass& pass) {
     }
   };
   const auto settle_affine = [&](const typename ColumnTasks<T>::Settle& at) {
-    ColumnAffine<V>* a = coefficients.get() + at.b * vectors;
+    PackAffine<T>* a = coefficients.get() + at.b * registers;
     const int64_t turn = writes.head(at.b);
-    for_lanes(shape, turn, at.begin, at.end, [&](int64_t v, int lane, int64_t c) {
-      const Affine<R> one = pass.affine<R>(at.b * f.groups + c, c);
-      a[v].hi[lane] = one.hi;
-      a[v].scale[lane] = one.scale;
-      a[v].shift[lane] = one.shift;
-    });
+    fill_lanes(
+        shape, turn, at.begin, at.end, own.get() + at.b * f.groups,
+        [&](int64_t c) { return pass.affine<R>(at.b * f.groups + c); },
+        [&](int64_t index, int part, int lane, const Affine<R>& one) {
+          auto& to = a[index].part[part];
+          to.hi[lane] = one.hi;
+          to.scale[lane] = one.scale;
+          to.shift[lane] = one.shift;
+        });
   };
   const auto write_block = [&](int64_t b, const Block& block, bool past) {
-    const ColumnAffine<V>* a = coefficients.get() + b * vectors;
+    const PackAffine<T>* a = coefficients.get() + b * registers;
     past ? apply_block<true>(e, x, y, block, a) : apply_block<false>(e, x, y, block, a);
   };
   const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
-    const Affine<R> one = pass.affine<R>(b * f.groups + c, c);
-    ColumnAffine<V> a[Pack<T>::parts];
-    for (auto& part : a) part = {V{} + one.hi, V{} + one.scale, V{} + one.shift};
-    apply_block<false>(e, x, y, Block{i, 1, 1, 1}, a);
+    const auto a = PackAffine<T>::all(pass.affine<R>(b * f.groups + c));
+    apply_block<false>(e, x, y, Block{i, 1, 1, 1}, &a);
   };
 
   parallel(threads_for(f.size(), tasks.blocks), [&](const Team& team) {
@@ -573,40 +523,37 @@ template <class E>
 void backward_columns(const E& e, const BackwardPass& pass) {
   using T = typename E::Element;
   using R = Real<T>;
-  using V = typename E::V;
   const Fold& f = pass.fold;
   const ColumnShape<T> shape(f, pass.mask);
   const ColumnTasks<T> tasks(shape, f.batch);
-  const int64_t tiles = shape.all_tiles(), vectors = shape.registers() * Pack<T>::parts;
+  const int64_t tiles = shape.all_tiles(), registers = shape.registers();
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
-  // Both outputs are streamed only where they are aligned alike.
-  const bool alike = !out.dresidual || to_alignment(out.dx) == to_alignment(out.dresidual);
   // Coefficients that do not wait for the sums: dx follows while the chunk is in cache.
   const bool known = pass.constant || pass.cx || pass.c0, at_once = pass.found && out.dx && known;
   const bool own_rows = at_once || pass.mask;  // rows begin where the tensor's do
-  const Writes<T> writes(shape, f.batch, out.dx, alike && !own_rows && f.size() * int64_t(sizeof(T)) >= kStreamBytes);
+  const Writes<T> writes(shape, f.batch, out.dx, own_rows, out.alike());
   const int64_t sums = pass.found ? f.batch * tiles * shape.columns : 0;
   Scratch<double> part_u(sums), part_uz(sums);
-  Scratch<ColumnGrad<V>> sum_coefficients(pass.found ? f.batch * vectors : 0),
-      coefficients(out.dx ? f.batch * vectors : 0);
+  Scratch<PackGrad<T>> sum_coefficients(pass.found ? f.batch * registers : 0),
+      coefficients(out.dx ? f.batch * registers : 0);
+  Scratch<GradCoefficients<R>> own(f.statistics());
 
-  // What the sums need, and with `all` what dx needs besides.
-  const auto settle = [&](ColumnGrad<V>* g, const typename ColumnTasks<T>::Settle& at, int64_t turn, bool all) {
-    g += at.b * vectors;
-    for_lanes(shape, turn, at.begin, at.end, [&](int64_t v, int lane, int64_t c) {
-      const int64_t s = at.b * f.groups + c;
-      const Affine<R> a = pass.affine<R>(s, c);
-      g[v].hi[lane] = a.hi;
-      g[v].rstd[lane] = coefficient<R>(pass.rstd[s]);
-      g[v].pre_scale[lane] = a.scale;
-      g[v].pre_shift[lane] = a.shift;
-      if (!all) return;
-      const GradAffine<R> one = pass.grad_affine<R>(s, c);
-      g[v].scale[lane] = one.scale;
-      g[v].slope[lane] = one.slope;
-      g[v].shift[lane] = one.shift;
-    });
+  const auto settle = [&](PackGrad<T>* g, const typename ColumnTasks<T>::Settle& at, int64_t turn, bool sums_only) {
+    g += at.b * registers;
+    fill_lanes(
+        shape, turn, at.begin, at.end, own.get() + at.b * f.groups,
+        [&](int64_t c) { return pass.coefficients<R>(at.b * f.groups + c, sums_only); },
+        [&](int64_t index, int part, int lane, const GradCoefficients<R>& one) {
+          auto& to = g[index].part[part];
+          to.hi[lane] = one.dx.hi;
+          to.rstd[lane] = one.dx.rstd;
+          to.scale[lane] = one.dx.scale;
+          to.slope[lane] = one.dx.slope;
+          to.shift[lane] = one.dx.shift;
+          to.pre_scale[lane] = one.pre.scale;
+          to.pre_shift[lane] = one.pre.shift;
+        });
   };
   const auto settle_sums = [&](const typename ColumnTasks<T>::Settle& at) {
     double* u = part_u.get() + at.b * tiles * shape.columns;
@@ -624,7 +571,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
       pass.found[at.b * f.groups + c] = sum;
     }
   };
-  const auto write = [&](const Block& block, const ColumnGrad<V>* g, bool past) {
+  const auto write = [&](const Block& block, const PackGrad<T>* g, bool past) {
     const auto write_rows = [&](const Block& some, bool corrected) {
       if (corrected)
         past ? grad_block<false, true>(e, dy, x, out, some, g) : grad_block<false, false>(e, dy, x, out, some, g);
@@ -635,25 +582,20 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     counted_rows(pass.mask, block, write_rows);
   };
   const auto write_block = [&](int64_t b, const Block& block, bool past) {
-    write(block, coefficients.get() + b * vectors, past);
+    write(block, coefficients.get() + b * registers, past);
   };
   const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
-    const Affine<R> a = pass.affine<R>(b * f.groups + c, c);
-    const GradAffine<R> one = pass.grad_affine<R>(b * f.groups + c, c);
-    ColumnGrad<V> g[Pack<T>::parts];
-    for (auto& part : g)
-      part = {V{} + one.hi,    V{} + one.rstd, V{} + one.scale, V{} + one.slope,
-              V{} + one.shift, V{} + a.scale,  V{} + a.shift};
-    write(Block{i, 1, 1, 1}, g, false);
+    const auto g = PackGrad<T>::all(pass.coefficients<R>(b * f.groups + c));
+    write(Block{i, 1, 1, 1}, &g, false);
   };
 
-  parallel(threads_for(f.size(), tasks.blocks), [&](const Team& team) {
+  parallel(threads_for(2 * f.size(), tasks.blocks), [&](const Team& team) {
     if (pass.found) {
-      team.each(tasks.settles, [&](int64_t i) { settle(sum_coefficients.get(), tasks.settle(i), 0, at_once); });
+      team.each(tasks.settles, [&](int64_t i) { settle(sum_coefficients.get(), tasks.settle(i), 0, !at_once); });
       team.each(tasks.blocks, [&](int64_t i) {
         const auto at = tasks.at(i);
         if (at.block.columns == 0) return;
-        const ColumnGrad<V>* g = sum_coefficients.get() + at.b * vectors + at.panel * kPanelVectors<T>;
+        const PackGrad<T>* g = sum_coefficients.get() + at.b * registers + at.panel * kPanel<T> / Pack<T>::width;
         PanelGradSums<T> panel;
         chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
           add_grad_chunk(e, dy, x, chunk, g, ahead, panel);
@@ -668,7 +610,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     if (out.dx && !at_once) {
       team.each(tasks.settles, [&](int64_t i) {
         const auto at = tasks.settle(i);
-        settle(coefficients.get(), at, writes.head(at.b), true);
+        settle(coefficients.get(), at, writes.head(at.b), false);
       });
       team.each(writes.tasks, [&](int64_t i) { writes.each(i, write_block, write_element); });
     }

@@ -21,6 +21,55 @@ FN_INLINE void stretches(const uint8_t* mask, int64_t n, Call&& call) {
   }
 }
 
+// The coefficients of a pack, one for each lane (Affine and GradAffine in core/).
+template <class T>
+struct PackAffine {
+  using V = Vector<Real<T>>;
+  struct {
+    V hi, scale, shift;
+  } part[Pack<T>::parts];
+
+  static FN_INLINE PackAffine all(const Affine<Real<T>>& a) {
+    PackAffine lanes;
+    for (auto& p : lanes.part) p = {V{} + a.hi, V{} + a.scale, V{} + a.shift};
+    return lanes;
+  }
+};
+template <class R>
+struct GradCoefficients {
+  Affine<R> pre;  // for the activation's derivative
+  GradAffine<R> dx;
+};
+template <class T>
+struct PackGrad {
+  using V = Vector<Real<T>>;
+  struct {
+    V hi, rstd, scale, slope, shift;
+    V pre_scale, pre_shift;
+  } part[Pack<T>::parts];
+
+  static FN_INLINE PackGrad all(const GradCoefficients<Real<T>>& g) {
+    PackGrad lanes;
+    for (auto& p : lanes.part)
+      p = {V{} + g.dx.hi,    V{} + g.dx.rstd,   V{} + g.dx.scale, V{} + g.dx.slope,
+           V{} + g.dx.shift, V{} + g.pre.scale, V{} + g.pre.shift};
+    return lanes;
+  }
+};
+// Those of `own` for a pack's first elements, of `next` for the others.
+template <class T, template <class> class Coefficients>
+FN_INLINE Coefficients<T> first_of(const Coefficients<T>& own, const Coefficients<T>& next, Part first) {
+  using V = Vector<Real<T>>;
+  constexpr int n = sizeof own / sizeof(V), each = n / Pack<T>::parts;
+  V mixed[n], others[n];
+  memcpy(mixed, &own, sizeof own);
+  memcpy(others, &next, sizeof next);
+  for (int i = 0; i < n; ++i) mixed[i] = Math::select(lanes_of<T>(i / each, first), mixed[i], others[i]);
+  Coefficients<T> both;
+  memcpy(&both, mixed, sizeof both);
+  return both;
+}
+
 struct ForwardPass {
   Fold fold;
   Array x, weight, bias, y;               // no y: statistics only
@@ -37,7 +86,8 @@ struct ForwardPass {
     return 1 / __builtin_sqrt((found[s].n > 0 ? found[s].m2 / found[s].n : 0) + eps);
   }
   template <class R>
-  FN_INLINE Affine<R> affine(int64_t s, int64_t c) const {
+  FN_INLINE Affine<R> affine(int64_t s) const {
+    const int64_t c = s % fold.groups;
     return fusednorm::affine<R>(mean(s), rstd(s), weight.get_or(c, 1), bias.get_or(c, 0));
   }
 };
@@ -54,22 +104,21 @@ struct BackwardPass {
   const double* count;  // [batch]: elements that a statistic was taken over, where there is a mask
   Array dx, dresidual;  // no dx: sums only
 
+  // `sums_only`: without what follows from the sums.
   template <class R>
-  FN_INLINE Affine<R> affine(int64_t s, int64_t c) const {
-    return fusednorm::affine<R>(mean[s], rstd[s], weight.get_or(c, 1), bias.get_or(c, 0));
-  }
-  template <class R>
-  FN_INLINE GradAffine<R> grad_affine(int64_t s, int64_t c) const {
+  FN_INLINE GradCoefficients<R> coefficients(int64_t s, bool sums_only = false) const {
+    const int64_t c = s % fold.groups;
     const double w = weight.get_or(c, 1), n = count ? count[s / fold.groups] : double(fold.per_statistic());
     double x_hat = 0, one = 0;
     if (cx || c0) {
       x_hat = cx ? cx[s] : 0;
       one = c0 ? c0[s] : 0;
-    } else if (!constant && n > 0) {
+    } else if (!constant && !sums_only && n > 0) {
       x_hat = -w * found[s].ux(lo<R>(s), rstd[s]) / n;
       one = -w * found[s].u / n;
     }
-    return fusednorm::grad_affine<R>(mean[s], rstd[s], w, x_hat, one);
+    return {fusednorm::affine<R>(mean[s], rstd[s], w, bias.get_or(c, 0)),
+            fusednorm::grad_affine<R>(mean[s], rstd[s], w, x_hat, one)};
   }
   template <class R>
   FN_INLINE double lo(int64_t s) const {
@@ -124,6 +173,70 @@ struct Epilogue {
     return dy;
   }
 };
+
+template <class T, class There>
+FN_INLINE void put(T* p, const Lanes<T>& v, There there, bool) {
+  store(p, v, there);
+}
+template <class T>
+FN_INLINE void put(T* p, const Lanes<T>& v, Whole there, bool past) {
+  past ? stream(p, v) : store(p, v, there);
+}
+
+// y of the pack at element i.
+template <class E, class T, class There>
+FN_INLINE void apply_pack(const E& e, const T* x, T* y, int64_t i, const PackAffine<T>& a, There there, bool past) {
+  const Lanes<T> added = e.load_residual(i, there);
+  Lanes<T> v = load(x + i, there);
+  for (int p = 0; p < Pack<T>::parts; ++p)
+    v.v[p] = e.value(e.pre(v.v[p] - a.part[p].hi, a.part[p].scale, a.part[p].shift, added.v[p]));
+  put(y + i, v, there, past);
+}
+
+// u = dy·act'(pre) and z = (x − hi)·rstd of the pack at element i.
+template <class T>
+struct GradPack {
+  Lanes<T> u, z;
+};
+template <class E, class T, class There>
+FN_INLINE GradPack<T> load_grad_pack(const E& e, const T* dy, const T* x, int64_t i, const PackGrad<T>& g,
+                                     There there) {
+  GradPack<T> at{load(dy + i, there), load(x + i, there)};
+  const Lanes<T> added = E::kNeedsPre ? e.load_residual(i, there) : Lanes<T>{};
+  for (int p = 0; p < Pack<T>::parts; ++p) {
+    const auto& c = g.part[p];
+    auto &u = at.u.v[p], &z = at.z.v[p];
+    z = z - c.hi;
+    if constexpr (E::kNeedsPre) u = e.gradient(u, e.pre(z, c.pre_scale, c.pre_shift, added.v[p]));
+    z = z * c.rstd;
+  }
+  return at;
+}
+
+template <class T>
+struct GradOut {
+  T *dx, *dresidual;  // dresidual may be null
+
+  FN_INLINE GradOut at(int64_t offset) const { return {dx + offset, dresidual ? dresidual + offset : nullptr}; }
+  // Both are streamed only where they are aligned alike.
+  FN_INLINE bool alike() const { return !dresidual || to_alignment(dx) == to_alignment(dresidual); }
+};
+
+// dx, and dresidual, of the pack at element i. kConstant: the statistics were constants.
+template <bool kConstant, class E, class T, class There>
+FN_INLINE void grad_pack(const E& e, const T* dy, const T* x, const GradOut<T>& out, int64_t i, const PackGrad<T>& g,
+                         There there, bool past) {
+  GradPack<T> at = load_grad_pack(e, dy, x, i, g, there);
+  for (int p = 0; p < Pack<T>::parts; ++p) {
+    const auto& c = g.part[p];
+    if constexpr (kConstant)
+      at.z.v[p] = c.scale * at.u.v[p];
+    else
+      at.z.v[p] = fma(c.scale, at.u.v[p], fma(c.slope, at.z.v[p], c.shift));
+  }
+  put(out.dx + i, at.z, there, past);
+  if (out.dresidual) put(out.dresidual + i, at.u, there, past);
+}
 
 // Calls with the element type, then with the epilogue, that the arguments ask for.
 template <class Call>

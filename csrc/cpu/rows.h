@@ -15,10 +15,9 @@ namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
 constexpr int64_t kChunk = 1024, kTile = 32;
-// Shorter runs than kStageBelow bytes are written together with those of the neighbouring slabs, as memory lies: run by
-// run, each in another page, they cost up to 4 times as much. Past the caches they go from a stage in L1, as whole lines.
-// Tensors below kStageFrom bytes lie in L2 anyway.
-constexpr int64_t kStageBelow = 3072, kStageBytes = 8192, kStageFrom = 1 << 20;
+// Shorter runs than this are written together with those of the neighbouring slabs, as memory lies: run by run, each in
+// another page, they cost up to 4 times as much. Tensors below kNeighboursFrom bytes lie in L2 anyway.
+constexpr int64_t kShortRunBytes = 3072, kNeighbourBytes = 8192, kNeighboursFrom = 1 << 20;
 constexpr int64_t kWriteElements = 32768;  // a task's share of a sweep that only writes
 constexpr int64_t kAheadBytes = 4096;      // that a sweep of writes fetches ahead
 constexpr int64_t kMaxBlock = 32;          // slabs a thread takes at once, neighbours in memory
@@ -166,131 +165,123 @@ FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, 
   m.m2 += d.squares;
 }
 
-// One element's u = dy·act'(pre), as the sums and as dx need it.
-template <class E, class There, class A>
-FN_INLINE Lanes<typename E::Element> load_u(const E& e, const typename E::Element* dy,
-                                            const Lanes<typename E::Element>& x, const A& a, int64_t i, There there) {
-  using T = typename E::Element;
-  using V = typename E::V;
-  Lanes<T> u = load(dy + i, there);
-  if constexpr (E::kNeedsPre) {
-    const Lanes<T> added = e.load_residual(i, there);
-    for (int p = 0; p < Pack<T>::parts; ++p)
-      u.v[p] = e.gradient(u.v[p], e.pre(x.v[p] - a.hi, V{} + a.scale, V{} + a.shift, added.v[p]));
-  }
-  return u;
-}
-
-template <class E>
-[[gnu::noinline]] GradSums chunk_grad_sums(const E& e, const typename E::Element* dy, const typename E::Element* x,
-                                           const Runs& r, const Affine<Real<typename E::Element>>& a,
-                                           Real<typename E::Element> rstd, int64_t ahead) {
-  using T = typename E::Element;
-  using V = typename E::V;
+template <class E, class T>
+[[gnu::noinline]] GradSums chunk_grad_sums(const E& e, const T* dy, const T* x, const Runs& r, const PackGrad<T>& g,
+                                           int64_t ahead) {
   Accumulators<T> sum, product;
   sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
     prefetch(x + i + ahead);
     prefetch(dy + i + ahead);
-    const Lanes<T> v = load(x + i, there), u = load_u(e, dy, v, a, i, there);
+    const GradPack<T> at = load_grad_pack(e, dy, x, i, g, there);
     for (int p = 0; p < Pack<T>::parts; ++p) {
-      sum.v[slot][p] += live<T>(u.v[p], p, there);
-      product.v[slot][p] = fma(live<T>(u.v[p], p, there), (v.v[p] - a.hi) * (V{} + rstd), product.v[slot][p]);
+      const auto u = live<T>(at.u.v[p], p, there);
+      sum.v[slot][p] += u;
+      product.v[slot][p] = fma(u, at.z.v[p], product.v[slot][p]);
     }
   });
   return {sum.sum(), product.sum()};
 }
 
-// Calls step(index, Whole or Part, streamed?) over n elements; with `streamed`, full registers go past the caches from
-// the first aligned address of `out` on.
+// Calls step(index, Whole or Part, streamed?) over n elements, with full registers from the first aligned address of
+// `out` on.
 template <class T, class Step>
 FN_INLINE void sweep_out(const T* out, int64_t n, bool streamed, Step&& step) {
   constexpr int64_t width = Pack<T>::width;
+  const int64_t head = streamed || n >= 16 * width ? to_alignment(out) : 0;
   int64_t i = 0;
-  if (streamed) {
-    int64_t head = to_alignment(out);
-    if (head > n) head = n;
-    for (; i + width <= head; i += width) step(i, Whole{}, false);
-    if (i < head) step(i, Part{int(head - i)}, false);
-    if (head >= 0) {
-      i = head;
+  if (head > 0 && head < n) {
+    step(i, Part{int(head)}, false);
+    i = head;
+  }
+  if (streamed && head >= 0) {
 #pragma GCC unroll 4
-      for (; i + width <= n; i += width) step(i, Whole{}, true);
-    }
+    for (; i + width <= n; i += width) step(i, Whole{}, true);
   }
 #pragma GCC unroll 4
   for (; i + width <= n; i += width) step(i, Whole{}, false);
   if (i < n) step(i, Part{int(n - i)}, false);
 }
 
-// `step` 1: a run has coefficients of its own (neighbouring slabs); 0: all have the first.
-template <class E>
-[[gnu::noinline]] void apply_runs(const E& e, const typename E::Element* x, typename E::Element* y, const Runs& runs,
-                                  const Affine<Real<typename E::Element>>* affine, int64_t step, bool streamed,
+// Calls step(index, coefficients, Whole or Part, streamed?) over `count` runs that follow each other in memory, with
+// full registers across their borders: there each lane takes the coefficients of its own run. of(k): those of run k,
+// a vector for each part.
+template <class T, class Of, class Step>
+FN_INLINE void sweep_neighbours(const T* out, int64_t count, int64_t length, bool streamed, Of&& of, Step&& step) {
+  constexpr int64_t width = Pack<T>::width;
+  if (length < width) {  // a register would lie across more than two
+    for (int64_t k = 0; k < count; ++k) step(k * length, of(k), Part{int(length)}, false);
+    return;
+  }
+  auto own = of(0);
+  const int64_t head = to_alignment(out);
+  const bool past = streamed && head >= 0;
+  int64_t i = head > 0 ? head : 0;
+  if (i > 0) step(0, own, Part{int(i)}, false);
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t end = (k + 1) * length;
+    if (past) {
+#pragma GCC unroll 4
+      for (; i + width <= end; i += width) step(i, own, Whole{}, true);
+    } else {
+#pragma GCC unroll 4
+      for (; i + width <= end; i += width) step(i, own, Whole{}, false);
+    }
+    if (k + 1 == count) break;
+    const auto next = of(k + 1);
+    if (i < end) {
+      step(i, first_of(own, next, Part{int(end - i)}), Whole{}, past);
+      i += width;
+    }
+    own = next;
+  }
+  if (i < count * length) step(i, own, Part{int(count * length - i)}, false);
+}
+
+template <class E, class T>
+[[gnu::noinline]] void apply_runs(const E& e, const T* x, T* y, const Runs& runs, const PackAffine<T>& a, bool streamed,
                                   int64_t ahead) {
-  using T = typename E::Element;
-  using V = typename E::V;
   for (int64_t k = 0; k < runs.count; ++k) {
-    const auto& a = affine[k * step];
-    const V hi = V{} + a.hi, scale = V{} + a.scale, shift = V{} + a.shift;
     const int64_t at = runs.offset + k * runs.stride;
     sweep_out(y + at, runs.length, streamed, [&](int64_t j, auto there, bool past) FN_LAMBDA {
-      const int64_t i = at + j;
-      prefetch(x + i + ahead);
-      const Lanes<T> added = e.load_residual(i, there);
-      Lanes<T> v = load(x + i, there);
-      for (int p = 0; p < Pack<T>::parts; ++p) v.v[p] = e.value(e.pre(v.v[p] - hi, scale, shift, added.v[p]));
-      if (past)
-        stream(y + i, v);
-      else
-        store(y + i, v, there);
+      prefetch(x + at + j + ahead);
+      apply_pack(e, x, y, at + j, a, there, past);
     });
   }
 }
+template <class E, class T>
+[[gnu::noinline]] void apply_neighbours(const E& e, const T* x, T* y, int64_t count, int64_t length,
+                                        const Affine<Real<T>>* a, bool streamed, int64_t ahead) {
+  sweep_neighbours(
+      y, count, length, streamed, [&](int64_t k) FN_LAMBDA { return PackAffine<T>::all(a[k]); },
+      [&](int64_t i, const PackAffine<T>& own, auto there, bool past) FN_LAMBDA {
+        prefetch(x + i + ahead);
+        apply_pack(e, x, y, i, own, there, past);
+      });
+}
 
-template <class T>
-struct GradOut {
-  T *dx, *dresidual;  // dresidual may be null
-
-  FN_INLINE GradOut at(int64_t offset) const { return {dx + offset, dresidual ? dresidual + offset : nullptr}; }
-};
-
-template <bool kConstant, class E>
-[[gnu::noinline]] void grad_runs(const E& e, const typename E::Element* dy, const typename E::Element* x,
-                                 const GradOut<typename E::Element>& out, const Runs& runs,
-                                 const Affine<Real<typename E::Element>>* affine,
-                                 const GradAffine<Real<typename E::Element>>* gradient, int64_t step, bool streamed,
-                                 int64_t ahead) {
-  using T = typename E::Element;
-  using V = typename E::V;
-  // Both outputs are streamed only where they are aligned alike.
-  const bool past_both = streamed && (!out.dresidual || to_alignment(out.dx) == to_alignment(out.dresidual));
+template <bool kConstant, class E, class T>
+[[gnu::noinline]] void grad_runs(const E& e, const T* dy, const T* x, const GradOut<T>& out, const Runs& runs,
+                                 const PackGrad<T>& g, bool streamed, int64_t ahead) {
   for (int64_t k = 0; k < runs.count; ++k) {
-    const auto& a = affine[k * step];
-    const auto& g = gradient[k * step];
-    const V hi = V{} + g.hi, rstd = V{} + g.rstd, scale = V{} + g.scale, slope = V{} + g.slope, shift = V{} + g.shift;
     const int64_t at = runs.offset + k * runs.stride;
-    sweep_out(out.dx + at, runs.length, past_both, [&](int64_t j, auto there, bool past) FN_LAMBDA {
-      const int64_t i = at + j;
-      prefetch(x + i + ahead);
-      prefetch(dy + i + ahead);
-      Lanes<T> v{};
-      if constexpr (!kConstant || E::kNeedsPre) v = load(x + i, there);
-      const Lanes<T> u = load_u(e, dy, v, a, i, there);
-      for (int p = 0; p < Pack<T>::parts; ++p) {
-        if constexpr (kConstant)
-          v.v[p] = scale * u.v[p];
-        else
-          v.v[p] = fma(scale, u.v[p], fma(slope, (v.v[p] - hi) * rstd, shift));
-      }
-      if (past) {
-        stream(out.dx + i, v);
-        if (out.dresidual) stream(out.dresidual + i, u);
-      } else {
-        store(out.dx + i, v, there);
-        if (out.dresidual) store(out.dresidual + i, u, there);
-      }
+    sweep_out(out.dx + at, runs.length, streamed && out.alike(), [&](int64_t j, auto there, bool past) FN_LAMBDA {
+      prefetch(x + at + j + ahead);
+      prefetch(dy + at + j + ahead);
+      grad_pack<kConstant>(e, dy, x, out, at + j, g, there, past);
     });
   }
+}
+template <bool kConstant, class E, class T>
+[[gnu::noinline]] void grad_neighbours(const E& e, const T* dy, const T* x, const GradOut<T>& out, int64_t count,
+                                       int64_t length, const GradCoefficients<Real<T>>* g, bool streamed,
+                                       int64_t ahead) {
+  sweep_neighbours(
+      out.dx, count, length, streamed && out.alike(), [&](int64_t k) FN_LAMBDA { return PackGrad<T>::all(g[k]); },
+      [&](int64_t i, const PackGrad<T>& own, auto there, bool past) FN_LAMBDA {
+        prefetch(x + i + ahead);
+        prefetch(dy + i + ahead);
+        grad_pack<kConstant>(e, dy, x, out, i, own, there, past);
+      });
 }
 
 // How the slabs are handed to threads.
@@ -299,25 +290,26 @@ struct RowPlan {
   bool fused, streamed, neighbours;
   int threads;
 
-  RowPlan(const Fold& f, int64_t item, bool stores) {
+  // `tensors`: how many are read.
+  RowPlan(const Fold& f, int64_t item, int64_t tensors, bool stores) {
     const int64_t run = f.inner * item, slabs = f.statistics();
     streamed = stores && f.size() * item >= kStreamBytes;
-    neighbours = stores && run < kStageBelow && f.size() * item >= kStageFrom;
+    neighbours = stores && run < kShortRunBytes && f.size() * item >= kNeighboursFrom;
     block = 1;
     if (neighbours) {
-      block = kStageBytes / run;
+      block = kNeighbourBytes / run;
       if (block > kMaxBlock) block = kMaxBlock;
       if (block > f.groups) block = f.groups;
     }
     const int64_t blocks = f.batch * ((f.groups + block - 1) / block);
-    const int available = threads_for(f.size(), INT64_MAX);
+    const int available = threads_for(tensors * f.size(), INT64_MAX);
     const int64_t rounds = (blocks + available - 1) / available;
     fused = blocks >= 4 * available || blocks * 10 >= rounds * available * 9 || slabs == 0;
     if (!fused) {
-      if (neighbours) streamed = neighbours = false;
+      neighbours = false;
       block = 1;
     }
-    threads = fused ? threads_for(f.size(), blocks) : available;
+    threads = fused ? threads_for(tensors * f.size(), blocks) : available;
   }
 };
 
@@ -385,35 +377,30 @@ FN_INLINE Sum sum_of(const Sum* part, int64_t n) {
 template <class E>
 void normalize_rows(const E& e, const ForwardPass& pass) {
   using T = typename E::Element;
-  using R = Real<T>;
   const Fold& f = pass.fold;
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
-  const int64_t run_bytes = f.inner * int64_t(sizeof(T)), ahead = kAheadBytes / int64_t(sizeof(T));
-  const bool streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes, staged = streamed && run_bytes < kStageBelow;
+  const int64_t ahead = kAheadBytes / int64_t(sizeof(T));
+  const bool streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes;
   // A task: some neighbours, or a piece of one run.
-  int64_t neighbours = staged ? kStageBytes / run_bytes : kWriteElements / f.inner;
+  int64_t neighbours = kWriteElements / f.inner;
   neighbours = neighbours < 1 ? 1 : neighbours > f.groups ? f.groups : neighbours;
   const int64_t blocks = (f.groups + neighbours - 1) / neighbours;
   const int64_t length = neighbours > 1 || f.inner < kWriteElements ? f.inner : kWriteElements;
   const int64_t pieces = (f.inner + length - 1) / length, tasks = f.batch * f.outer * blocks * pieces;
-  Scratch<Affine<R>> affine(f.statistics());
+  Scratch<Affine<Real<T>>> affine(f.statistics());
 
   parallel(threads_for(f.size(), tasks), [&](const Team& team) {
     constexpr int64_t some = 64;
     team.each((f.statistics() + some - 1) / some, [&](int64_t i) {
-      for (int64_t s = i * some; s < (i + 1) * some && s < f.statistics(); ++s)
-        affine[s] = pass.affine<R>(s, s % f.groups);
+      for (int64_t s = i * some; s < (i + 1) * some && s < f.statistics(); ++s) affine[s] = pass.affine<Real<T>>(s);
     });
     team.each(tasks, [&](int64_t i) {
-      alignas(kLine) T stage[kStageBytes / sizeof(T)];
       const int64_t piece = i % pieces, g = i / pieces % blocks * neighbours, o = i / pieces / blocks;
       const int64_t count = f.groups - g < neighbours ? f.groups - g : neighbours;
       const int64_t start = (o * f.groups + g) * f.inner + piece * length, left = f.inner - piece * length;
-      const Runs runs{0, f.inner, count, left < length ? left : length};
-      const Affine<R>* a = affine.get() + o / f.outer * f.groups + g;
-      apply_runs(e.at(start), x + start, staged ? stage : y + start, runs, a, 1, streamed && !staged, ahead);
-      if (staged) stream_elements(y + start, stage, count * f.inner);
+      apply_neighbours(e.at(start), x + start, y + start, count, length < left ? length : left,
+                       affine.get() + o / f.outer * f.groups + g, streamed, ahead);
     });
     stream_fence();
   });
@@ -423,11 +410,10 @@ template <class E>
 void forward_rows(const E& e, const ForwardPass& pass) {
   if (!pass.takes_statistics()) return normalize_rows(e, pass);
   using T = typename E::Element;
-  using R = Real<T>;
   const Fold& f = pass.fold;
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
-  const RowPlan plan(f, sizeof(T), bool(pass.y));
+  const RowPlan plan(f, sizeof(T), 1, bool(pass.y));
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
 
@@ -439,20 +425,17 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   };
   const auto apply_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
-    const Affine<R> a = pass.affine<R>(s, s % f.groups);
+    const auto a = PackAffine<T>::all(pass.affine<Real<T>>(s));
     tree.segments(tile, [&](const Runs& r) {
-      apply_runs(e.at(slab), x + slab, y + slab, r, &a, 0, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
+      apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
     });
   };
-  const auto apply_neighbours = [&](const RowBlock& block) {
-    alignas(kLine) T stage[kStageBytes / sizeof(T)];
-    Affine<R> a[kMaxBlock];
-    for (int64_t k = 0; k < block.count; ++k) a[k] = pass.affine<R>(block.first + k, (block.first + k) % f.groups);
+  const auto apply_block = [&](const RowBlock& block) {
+    Affine<Real<T>> a[kMaxBlock];
+    for (int64_t k = 0; k < block.count; ++k) a[k] = pass.affine<Real<T>>(block.first + k);
     for (int64_t o = f.outer; o-- > 0;) {
       const int64_t start = block.offset + o * row;
-      apply_runs(e.at(start), x + start, plan.streamed ? stage : y + start, Runs{0, f.inner, block.count, f.inner}, a,
-                 1, false, -row);
-      if (plan.streamed) stream_elements(y + start, stage, block.count * f.inner);
+      apply_neighbours(e.at(start), x + start, y + start, block.count, f.inner, a, plan.streamed, -row);
     }
   };
 
@@ -464,7 +447,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
                   [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
                     add(block.first + k, block.offset + k * f.inner, r, ahead, m);
                   });
-        if (y && plan.neighbours) apply_neighbours(block);
+        if (y && plan.neighbours) apply_block(block);
         if (y && !plan.neighbours)  // backwards: what was read last is still in cache
           for (int64_t tile = tiles; tile-- > 0;) apply_tile(block.first, tile);
       });
@@ -492,64 +475,44 @@ void forward_rows(const E& e, const ForwardPass& pass) {
 template <class E>
 void backward_rows(const E& e, const BackwardPass& pass) {
   using T = typename E::Element;
-  using R = Real<T>;
   const Fold& f = pass.fold;
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
-  const RowPlan plan(f, sizeof(T), bool(pass.dx));
+  const RowPlan plan(f, sizeof(T), 2, bool(pass.dx));
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 
   const auto sums = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead) {
-    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, pass.affine<R>(s, s % f.groups),
-                           coefficient<R>(pass.rstd[s]), ahead);
+    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, PackGrad<T>::all(pass.coefficients<Real<T>>(s, true)),
+                           ahead);
   };
-  // Runs counted from element `from`, which is `position` elements into the slab of statistic s; with step 1 they belong to
-  // s and its neighbours.
-  const auto write = [&](int64_t s, int64_t from, int64_t position, const GradOut<T>& to, const Runs& r,
-                         const Affine<R>* a, const GradAffine<R>* g, int64_t step, int64_t ahead) {
-    const bool past = plan.streamed && !plan.neighbours;
-    const auto write_runs = [&](const Runs& some, bool corrected, int64_t own, int64_t k) {
-      if (corrected)
-        grad_runs<false>(e.at(from), dy + from, x + from, to, some, a + k, g + k, own, past, ahead);
-      else
-        grad_runs<true>(e.at(from), dy + from, x + from, to, some, a + k, g + k, own, past, ahead);
-    };
-    if (!pass.mask || pass.constant) return write_runs(r, !pass.constant, step, 0);
-    for (int64_t k = 0; k < r.count; ++k) {
-      const Runs one{r.offset + k * r.stride, 0, 1, r.length};
-      const int64_t within = position - k * step * f.inner;  // of a neighbour: in its own slab
-      counted_runs(pass.mask, f, s + k * step, Runs{one.offset + within, 0, 1, one.length},
-                   [&](Runs some, bool counted) {
-                     some.offset -= within;
-                     write_runs(some, counted, 0, k * step);
-                   });
-    }
+  const auto write_runs = [&](int64_t slab, const Runs& r, const PackGrad<T>& g, bool corrected) {
+    const int64_t ahead = kAheadBytes / int64_t(sizeof(T));
+    if (corrected)
+      grad_runs<false>(e.at(slab), dy + slab, x + slab, out.at(slab), r, g, plan.streamed, ahead);
+    else
+      grad_runs<true>(e.at(slab), dy + slab, x + slab, out.at(slab), r, g, plan.streamed, ahead);
   };
+  const bool cut = pass.mask && !pass.constant;
   const auto write_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
-    const Affine<R> a = pass.affine<R>(s, s % f.groups);
-    const GradAffine<R> g = pass.grad_affine<R>(s, s % f.groups);
-    tree.segments(
-        tile, [&](const Runs& r) { write(s, slab, 0, out.at(slab), r, &a, &g, 0, kAheadBytes / int64_t(sizeof(T))); });
+    const auto g = PackGrad<T>::all(pass.coefficients<Real<T>>(s));
+    tree.segments(tile, [&](const Runs& r) {
+      if (!cut) return write_runs(slab, r, g, !pass.constant);
+      counted_runs(pass.mask, f, s, r, [&](const Runs& some, bool counted) { write_runs(slab, some, g, counted); });
+    });
   };
-  const auto write_neighbours = [&](const RowBlock& block) {
-    alignas(kLine) T stage[kStageBytes / sizeof(T)], residual_stage[kStageBytes / sizeof(T)];
-    const GradOut<T> staged{stage, out.dresidual ? residual_stage : nullptr};
-    Affine<R> a[kMaxBlock];
-    GradAffine<R> g[kMaxBlock];
-    for (int64_t k = 0; k < block.count; ++k) {
-      const int64_t s = block.first + k;
-      a[k] = pass.affine<R>(s, s % f.groups);
-      g[k] = pass.grad_affine<R>(s, s % f.groups);
-    }
+  const auto write_block = [&](const RowBlock& block) {
+    GradCoefficients<Real<T>> g[kMaxBlock];
+    for (int64_t k = 0; k < block.count; ++k) g[k] = pass.coefficients<Real<T>>(block.first + k);
     for (int64_t o = f.outer; o-- > 0;) {
       const int64_t start = block.offset + o * row;
-      write(block.first, start, o * row, plan.streamed ? staged : out.at(start), Runs{0, f.inner, block.count, f.inner},
-            a, g, 1, -row);
-      if (!plan.streamed) continue;
-      stream_elements(out.dx + start, stage, block.count * f.inner);
-      if (out.dresidual) stream_elements(out.dresidual + start, residual_stage, block.count * f.inner);
+      if (pass.constant)
+        grad_neighbours<true>(e.at(start), dy + start, x + start, out.at(start), block.count, f.inner, g, plan.streamed,
+                              -row);
+      else
+        grad_neighbours<false>(e.at(start), dy + start, x + start, out.at(start), block.count, f.inner, g,
+                               plan.streamed, -row);
     }
   };
 
@@ -562,9 +525,10 @@ void backward_rows(const E& e, const BackwardPass& pass) {
                     [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
                       sum.merge(sums(block.first + k, block.offset + k * f.inner, r, ahead));
                     });
-        if (out.dx && plan.neighbours) write_neighbours(block);
-        if (out.dx && !plan.neighbours)
-          for (int64_t tile = tiles; tile-- > 0;) write_tile(block.first, tile);
+        if (out.dx && plan.neighbours && !cut) write_block(block);
+        if (out.dx && (!plan.neighbours || cut))
+          for (int64_t k = 0; k < block.count; ++k)
+            for (int64_t tile = tiles; tile-- > 0;) write_tile(block.first + k, tile);
       });
       stream_fence();
     });

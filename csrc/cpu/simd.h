@@ -329,6 +329,13 @@ FN_INLINE void stream(T* p, const Lanes<T>& lanes) {
   stream_whole(p, Pack<T>::template pack<T>(lanes));
 }
 
+// The lanes that hold the first n elements of a pack.
+template <class T>
+FN_INLINE MaskOf<Real<T>> lanes_of(int part, Part first) {
+  MaskOf<Real<T>> element;
+  for (int l = 0; l < kLanes<Real<T>>; ++l) element[l] = Pack<T>::order(part, l);
+  return element < first.n;
+}
 // Zero in the lanes that hold no element.
 template <class T, class V>
 FN_INLINE V live(V v, int, Whole) {
@@ -336,15 +343,14 @@ FN_INLINE V live(V v, int, Whole) {
 }
 template <class T, class V>
 FN_INLINE V live(V v, int part, Part there) {
-  MaskOf<Real<T>> element;
-  for (int l = 0; l < kLanes<Real<T>>; ++l) element[l] = Pack<T>::order(part, l);
-  return Math::select(element < there.n, v, V{});
+  return Math::select(lanes_of<T>(part, there), v, V{});
 }
 
-// Elements from p to the next address where a whole register can be streamed; -1 if elements straddle it.
+// Elements from p to the next address of a register's alignment, fewer than a register holds; -1 if elements straddle
+// it. Streamed stores need it; plain ones, misaligned, touch two lines each.
 template <class T>
 FN_INLINE int64_t to_alignment(const T* p) {
-  const int64_t bytes = -reinterpret_cast<intptr_t>(p) & (kLine - 1);
+  const int64_t bytes = -reinterpret_cast<intptr_t>(p) & (kBytes - 1);
   return bytes % int64_t(sizeof(T)) ? -1 : bytes / int64_t(sizeof(T));
 }
 

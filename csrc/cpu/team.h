@@ -11,7 +11,8 @@
 namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
-// A smaller share is done by one thread about as soon, and cannot wait for a thread that lost its core to another pool.
+// Elements read. A smaller share is done by one thread about as soon, and cannot wait for a thread that lost its core
+// to another pool.
 constexpr int64_t kElementsPerThread = 1 << 17;
 
 FN_INLINE int threads_for(int64_t elements, int64_t tasks) {
@@ -39,7 +40,7 @@ struct Team {
 };
 
 template <class Body>
-FN_INLINE void parallel(int size, Body&& body) {
+FN_INLINE void parallel([[maybe_unused]] int size, Body&& body) {
 #if defined(_OPENMP)
   if (size > 1) {
 #pragma omp parallel num_threads(size)

@@ -145,7 +145,7 @@ def _positions(mask: object, x: Array, axis: int) -> Array:
     return np.ascontiguousarray(full.transpose((*order, *(a for a in range(x.ndim) if a not in order)))).ravel()
 
 
-def _output(out: Array | None, x: Array, laid_out: Array, inputs: Sequence[Array | None]) -> Array:
+def _output(out: Array | None, x: Array, laid_out: Array, inputs: tuple[Array | None, ...]) -> Array:
     """Where the kernel writes: `out` itself if it lies right, else a fresh array that `_deliver` copies from."""
     if out is None:
         return arrays.empty_like(laid_out)
@@ -157,11 +157,10 @@ def _output(out: Array | None, x: Array, laid_out: Array, inputs: Sequence[Array
         raise TypeError(f"out must have x's dtype {x.dtype}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if out.size and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+    if out.size and 0 in out.strides and any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True)):
         raise ValueError("out overlaps itself: one of its strides is 0")
-    for a in inputs:
-        if a is not None and arrays.overlaps(out, a):
-            raise ValueError("out overlaps an input partly; it must be that input itself or lie apart from it")
+    if not _C.apart(out, inputs) and any(a is not None and arrays.overlaps(out, a) for a in inputs):
+        raise ValueError("out overlaps an input partly; it must be that input itself or lie apart from it")
     if out.strides == laid_out.strides and arrays.is_plain(out):
         return out
     return arrays.empty_like(laid_out)
