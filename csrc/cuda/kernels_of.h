@@ -1,0 +1,15 @@
+// Included by the file of each element type: where its kernels are compiled.
+#pragma once
+
+#include "cuda/backward.h"
+#include "cuda/forward.h"
+#include "cuda/kernels.h"
+
+namespace fusednorm::cuda {
+
+template <class T>
+const Kernels kernels_of{
+    {{forward<T, false, false>, forward<T, false, true>}, {forward<T, true, false>, forward<T, true, true>}},
+    {{backward<T, false, false>, backward<T, false, true>}, {backward<T, true, false>, backward<T, true, true>}}};
+
+}  // namespace fusednorm::cuda

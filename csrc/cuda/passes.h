@@ -1,0 +1,98 @@
+// What a kernel is asked to do, as in cpu/passes.h: a verb is one of the two passes with parts left out.
+#pragma once
+
+#include "core/backend.h"
+#include "core/grad_sums.h"
+#include "core/moments.h"
+#include "cuda/team.h"
+
+namespace fusednorm::cuda {
+
+// Threads that fit into an SM's registers: 80 for each, or 128 where residuals, masks and exponentials need them.
+template <bool kGeneral>
+constexpr int kResident = kGeneral ? 512 : 768;
+// Packs of a thread that are summed in float32.
+constexpr int kChunk = 64;
+
+struct ForwardPass {
+  Fold fold;
+  Array x, weight, bias, y;  // no y: statistics only
+  EpilogueArgs epilogue;
+  const uint8_t* mask;                    // of the statistics
+  const double *given_mean, *given_rstd;  // null: taken from x
+  bool evaluation;                        // or from the running statistics
+  bool center;
+  double eps;
+  RunningArgs running;
+  bool updates;                      // the running statistics, here and now
+  double update_weight;              // of the new value
+  double *count, *mean, *m2, *rstd;  // out [S]; each may be null
+
+  FN_INLINE bool takes_statistics() const { return !given_mean && !evaluation; }
+  // Epilogues that the plain kernel knows.
+  bool is_plain() const { return epilogue.activation <= Activation::relu && !epilogue.residual && !mask; }
+};
+
+struct BackwardPass {
+  Fold fold;
+  Array dy, x;
+  const double *mean, *rstd;
+  Array weight, bias;
+  EpilogueArgs epilogue;
+  bool sums;              // Σu, Σu·x̂ are taken
+  const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
+  bool constant;
+  const uint8_t* mask;   // where cx and c0 apply
+  Array dx, dresidual;   // no dx: sums only
+  double *s1, *s2;       // out [S]: Σw·u, Σw·u·x̂; may be null
+  double *u, *ux;        // out [S]: Σu, Σu·x̂; may be null
+  Array dweight, dbias;  // written by the pass itself where there is one batch entry; may be null
+
+  // dx does not wait for the sums.
+  FN_INLINE bool known() const { return constant || cx || c0; }
+  // What the plain kernel knows: not both at once, either.
+  bool is_plain() const {
+    return epilogue.activation <= Activation::relu && !epilogue.residual && !mask && !dresidual &&
+           !(sums && dx && known());
+  }
+};
+
+// Weight of the new value, for a batch entry.
+FN_INLINE double running_weight(const RunningArgs& running, int64_t entry) {
+  return running.counted < 0 ? running.momentum : 1.0 / double(running.counted + entry + 1);
+}
+
+// New running value: old + weight·(new − old).
+FN_DEVICE void update_running(const RunningArgs& running, int64_t c, double weight, double n, double mean, double m2) {
+  if (n < 2) return;  // a mask that counts nothing says nothing
+  running.mean.set(c, (1 - weight) * running.mean.get(c) + weight * mean);
+  running.var.set(c, (1 - weight) * running.var.get(c) + weight * (m2 / (n - 1)));
+}
+
+// Whose column an owner's is. `first`: not a further copy of it.
+struct Column {
+  bool there, first;
+  int64_t statistic, channel;
+
+  template <bool kColumns>
+  FN_DEVICE static Column of(const Layout& l, int slab) {
+    const int64_t entry = l.per_entry.divide(uint32_t(slab)), s = slab - entry * l.per_entry.by, c = thread();
+    if (!kColumns) return {c == 0, true, slab, s};
+    const int64_t v = s * l.pitch + c, channel = l.repeat == 1 ? v : uint32_t(v) % uint32_t(l.groups);
+    const bool there = c < l.columns && c < l.pitch && v < l.row;
+    return {there, v < l.groups, entry * l.groups + channel, channel};
+  }
+};
+
+// Coefficients of `kSome` neighbouring columns from number `from` on; of rows there is one column.
+template <bool kColumns, class R, int kCount>
+FN_DEVICE void take_coefficients(const R* row, int from, R (&v)[kCount]) {
+  if constexpr (kColumns) {
+    take_some(row + from, v);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) v[j] = *row;
+  }
+}
+
+}  // namespace fusednorm::cuda

@@ -1,0 +1,144 @@
+// Who works on what: how many threads and blocks share a slab, how much of it they keep in shared memory, and how many
+// slabs are in flight. Decided by the shape and the device alone, so the bits of a result depend on nothing else.
+//
+//     block      one block a slab                          merges in shared memory
+//     cluster    2, 4 or 8 blocks                          merges through distributed shared memory
+//     grid       all blocks, shared among some slabs       merges in scratch memory; a cooperative launch
+//     launches   any number of blocks, nothing is kept     merges in scratch memory, between two launches
+#pragma once
+
+#include <cstdint>
+
+namespace fusednorm::cuda {
+
+struct Device {
+  int sms = 0;
+  int threads = 1024;          // resident in an SM: what 64 registers each leave room for
+  int64_t shared = 0;          // bytes of shared memory of an SM
+  int64_t shared_block = 0;    // of which one block may have so many
+  int64_t shared_lost = 1024;  // and loses so many
+  int64_t l2 = 0;              // bytes
+  int max_cluster = 1;         // blocks; 1: no clusters
+  bool cooperative = false;
+};
+
+// What a pass asks for.
+struct Work {
+  int64_t slabs, packs;  // packs of one slab, in each tensor
+  int read, written;     // tensors
+  int keeps;             // tensors that the second sweep would rather find in shared memory
+  bool merges;           // a slab's sums are needed
+  bool again;            // and its elements once more, after them
+  bool together;         // the sums of several slabs belong together: all must be in flight at once
+  int columns;           // a slab's statistics
+  int real;              // bytes of the arithmetic type
+};
+
+enum class Team : int { block, cluster, grid, launches };
+
+constexpr int kCoefficients = 8;  // of a column, at most
+constexpr int kSumsBytes = 40;    // sizeof(Sums)
+constexpr int kPackOf = 16;       // bytes of a pack
+constexpr int kMaxParts = 8;      // sums of a column in scratch memory, for each SM, at most
+
+struct Plan {
+  Team team = Team::block;
+  int threads = 32, size = 1;                                // of a block; blocks of a team
+  int teams = 1;                                             // in flight
+  int64_t share = 0;                                         // packs of the slab that are one block's
+  int kept = 0;                                              // packs of each tensor that a thread keeps
+  int slices = 1;                                            // parts in which a team's sums are gathered
+  int totals_at = 0, stage_at = 0, kept_at = 0, shared = 0;  // bytes: the block's shared memory
+
+  int64_t blocks() const { return int64_t(teams) * size; }
+};
+
+namespace detail {
+
+inline int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// Sizes of blocks that fill an SM: halves, as far as those are whole warps; then 64 and 32.
+inline int next(int threads) { return threads / 2 % 32 == 0 ? threads / 2 : threads > 64 ? 64 : threads / 2; }
+
+// Everything that follows from threads, size and teams.
+inline Plan laid_out(const Work& w, const Device& d, Team team, int threads, int64_t size, int64_t teams) {
+  Plan p;
+  p.team = team;
+  p.threads = threads;
+  p.size = int(size);
+  p.teams = int(teams);
+  p.share = up(up(w.packs, size), 32) * 32;
+  const int most = w.columns == 1 ? 32 : 256 / w.columns, possible = threads / w.columns;
+  p.slices = possible < 1 ? 1 : possible < most ? possible : most;
+  const int staged = threads / 32 * 4 * w.columns * w.real, gathered = p.slices * w.columns * kSumsBytes;
+  p.totals_at = kCoefficients * w.columns * w.real;
+  p.stage_at = p.totals_at + int(up(2 * w.columns * kSumsBytes, 32)) * 32;
+  p.kept_at = p.stage_at + int(up(staged > gathered ? staged : gathered, 32)) * 32;
+  if (w.again && w.keeps && team != Team::launches) {
+    const int64_t blocks = d.threads / threads > 0 ? d.threads / threads : 1, fair = d.shared / blocks - d.shared_lost;
+    const int64_t room = (fair < d.shared_block ? fair : d.shared_block) - p.kept_at;
+    const int64_t packs = room > 0 ? room / (int64_t(threads) * w.keeps * kPackOf) : 0, steps = up(p.share, threads);
+    p.kept = int(packs < steps ? packs : steps);
+  }
+  p.shared = p.kept_at + p.kept * threads * w.keeps * kPackOf;
+  return p;
+}
+
+// Time of a plan, in units of a pack that all resident threads move (0.5 µs on an H200). A team's merge costs a few of
+// them, in which its SMs move nothing.
+inline double cost(const Work& w, const Plan& p, int64_t in_flight) {
+  const double wait[] = {2, 4, 10, 10}, steps = double(up(p.share, p.threads)), rounds = double(up(w.slabs, in_flight));
+  const double moved = steps * (w.read + w.written) + (w.again ? (steps - p.kept) * w.read : 0);
+  return rounds * (moved + wait[int(p.team)]);
+}
+
+}  // namespace detail
+
+inline Plan plan(const Work& w, const Device& d) {
+  using detail::up;
+  const int least = w.columns > 32 ? w.columns : 32, most = d.threads;
+  const auto clamped = [](int64_t n, int64_t low, int64_t high) { return n > high ? high : n < low ? low : n; };
+
+  Plan best;
+  double least_cost = 0;
+  bool found = false;
+  const auto consider = [&](const Plan& p, int64_t in_flight) {
+    const double now = detail::cost(w, p, in_flight);
+    if (found && now >= least_cost) return;
+    best = p;
+    least_cost = now;
+    found = true;
+  };
+  if (w.merges && (!w.together || w.slabs == 1))
+    for (int size = 1; size <= d.max_cluster; size *= 2)
+      for (int threads = most; threads >= least; threads = detail::next(threads)) {
+        if (size > 1 && threads * 4 < most) break;
+        const int64_t in_flight = clamped(int64_t(d.sms) * (most / threads) / size, 1, INT32_MAX);
+        consider(detail::laid_out(w, d, size == 1 ? Team::block : Team::cluster, threads, size,
+                                  clamped(w.slabs, 1, in_flight)),
+                 in_flight);
+      }
+  if (w.merges && d.cooperative) {
+    const int threads = most / 2 % 32 == 0 && most / 2 >= least ? most / 2 : most;
+    const int64_t blocks = int64_t(d.sms) * (most / threads);
+    // As many slabs at once as fit, or all that there are.
+    const Plan one = detail::laid_out(w, d, Team::grid, threads, blocks, 1);
+    const int64_t need = one.kept > 0 ? up(w.packs, int64_t(one.kept) * threads) : blocks, fit = blocks / need;
+    for (const int64_t teams : {clamped(fit, 1, w.slabs), w.slabs})
+      if (teams <= blocks && (!w.together || teams == w.slabs))
+        consider(detail::laid_out(w, d, Team::grid, threads, blocks / teams, teams), teams);
+  }
+  // What is left: no merges, or no way for blocks to meet while a kernel runs.
+  if (!w.merges || w.together ? !found : !d.cooperative && w.slabs <= 2 * d.sms) {
+    int threads = least;
+    while (threads < 256 && threads * 2 <= most && threads * 4 < w.packs) threads *= 2;
+    const int64_t wanted = up(int64_t(d.sms) * (most / threads) * (w.merges ? 2 : 8), w.slabs);
+    consider(detail::laid_out(w, d, Team::launches, threads,
+                              clamped(wanted, 1, up(w.packs, threads * 4) > 1 ? up(w.packs, threads * 4) : 1),
+                              clamped(w.slabs, 1, 1 << 16)),
+             w.slabs);
+  }
+  return best;
+}
+
+}  // namespace fusednorm::cuda
