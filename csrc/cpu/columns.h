@@ -489,7 +489,7 @@ void forward_columns(const E& e, const ForwardPass& pass) {
     past ? apply_block<true>(e, x, y, block, a) : apply_block<false>(e, x, y, block, a);
   };
   const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
-    const auto a = PackAffine<T>::all(pass.affine<R>(b * f.groups + c));
+    const auto a = all_lanes<PackAffine<T>>(pass.affine<R>(b * f.groups + c));
     apply_block<false>(e, x, y, Block{i, 1, 1, 1}, &a);
   };
 
@@ -546,13 +546,13 @@ void backward_columns(const E& e, const BackwardPass& pass) {
         [&](int64_t c) { return pass.coefficients<R>(at.b * f.groups + c, sums_only); },
         [&](int64_t index, int part, int lane, const GradCoefficients<R>& one) {
           auto& to = g[index].part[part];
-          to.hi[lane] = one.dx.hi;
-          to.rstd[lane] = one.dx.rstd;
-          to.scale[lane] = one.dx.scale;
-          to.slope[lane] = one.dx.slope;
-          to.shift[lane] = one.dx.shift;
-          to.pre_scale[lane] = one.pre.scale;
-          to.pre_shift[lane] = one.pre.shift;
+          to.hi[lane] = one.hi;
+          to.rstd[lane] = one.rstd;
+          to.scale[lane] = one.scale;
+          to.slope[lane] = one.slope;
+          to.shift[lane] = one.shift;
+          to.pre_scale[lane] = one.pre_scale;
+          to.pre_shift[lane] = one.pre_shift;
         });
   };
   const auto settle_sums = [&](const typename ColumnTasks<T>::Settle& at) {
@@ -585,7 +585,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     write(block, coefficients.get() + b * registers, past);
   };
   const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
-    const auto g = PackGrad<T>::all(pass.coefficients<R>(b * f.groups + c));
+    const auto g = all_lanes<PackGrad<T>>(pass.coefficients<R>(b * f.groups + c));
     write(Block{i, 1, 1, 1}, &g, false);
   };
 

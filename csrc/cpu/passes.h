@@ -25,49 +25,55 @@ FN_INLINE void stretches(const uint8_t* mask, int64_t n, Call&& call) {
 template <class T>
 struct PackAffine {
   using V = Vector<Real<T>>;
+  using One = Affine<Real<T>>;
   struct {
     V hi, scale, shift;
   } part[Pack<T>::parts];
 
-  static FN_INLINE PackAffine all(const Affine<Real<T>>& a) {
-    PackAffine lanes;
-    for (auto& p : lanes.part) p = {V{} + a.hi, V{} + a.scale, V{} + a.shift};
-    return lanes;
+  template <class Lanes>
+  static FN_INLINE PackAffine of(Lanes&& lanes) {
+    PackAffine pack;
+    for (int p = 0; p < Pack<T>::parts; ++p)
+      pack.part[p] = {lanes(p, &One::hi), lanes(p, &One::scale), lanes(p, &One::shift)};
+    return pack;
   }
 };
 template <class R>
 struct GradCoefficients {
-  Affine<R> pre;  // for the activation's derivative
-  GradAffine<R> dx;
+  R hi, rstd, scale, slope, shift;  // GradAffine
+  R pre_scale, pre_shift;           // Affine, for the activation's derivative
 };
 template <class T>
 struct PackGrad {
   using V = Vector<Real<T>>;
+  using One = GradCoefficients<Real<T>>;
   struct {
-    V hi, rstd, scale, slope, shift;
-    V pre_scale, pre_shift;
+    V hi, rstd, scale, slope, shift, pre_scale, pre_shift;
   } part[Pack<T>::parts];
 
-  static FN_INLINE PackGrad all(const GradCoefficients<Real<T>>& g) {
-    PackGrad lanes;
-    for (auto& p : lanes.part)
-      p = {V{} + g.dx.hi,    V{} + g.dx.rstd,   V{} + g.dx.scale, V{} + g.dx.slope,
-           V{} + g.dx.shift, V{} + g.pre.scale, V{} + g.pre.shift};
-    return lanes;
+  template <class Lanes>
+  static FN_INLINE PackGrad of(Lanes&& lanes) {
+    PackGrad pack;
+    for (int p = 0; p < Pack<T>::parts; ++p)
+      pack.part[p] = {lanes(p, &One::hi),    lanes(p, &One::rstd),      lanes(p, &One::scale),    lanes(p, &One::slope),
+                      lanes(p, &One::shift), lanes(p, &One::pre_scale), lanes(p, &One::pre_shift)};
+    return pack;
   }
 };
-// Those of `own` for a pack's first elements, of `next` for the others.
-template <class T, template <class> class Coefficients>
-FN_INLINE Coefficients<T> first_of(const Coefficients<T>& own, const Coefficients<T>& next, Part first) {
-  using V = Vector<Real<T>>;
-  constexpr int n = sizeof own / sizeof(V), each = n / Pack<T>::parts;
-  V mixed[n], others[n];
-  memcpy(mixed, &own, sizeof own);
-  memcpy(others, &next, sizeof next);
-  for (int i = 0; i < n; ++i) mixed[i] = Math::select(lanes_of<T>(i / each, first), mixed[i], others[i]);
-  Coefficients<T> both;
-  memcpy(&both, mixed, sizeof both);
-  return both;
+// All lanes alike.
+template <class Coefficients>
+FN_INLINE Coefficients all_lanes(const typename Coefficients::One& one) {
+  using V = typename Coefficients::V;
+  return Coefficients::of([&](int, auto member) FN_LAMBDA { return V{} + one.*member; });
+}
+// `own` for the pack's first elements, `next` for the others.
+template <class T, class Coefficients>
+FN_INLINE Coefficients mixed_lanes(const typename Coefficients::One& own, const typename Coefficients::One& next,
+                                   Part first) {
+  using V = typename Coefficients::V;
+  return Coefficients::of([&](int part, auto member) FN_LAMBDA {
+    return Math::select(lanes_of<T>(part, first), V{} + own.*member, V{} + next.*member);
+  });
 }
 
 struct ForwardPass {
@@ -117,8 +123,9 @@ struct BackwardPass {
       x_hat = -w * found[s].ux(lo<R>(s), rstd[s]) / n;
       one = -w * found[s].u / n;
     }
-    return {fusednorm::affine<R>(mean[s], rstd[s], w, bias.get_or(c, 0)),
-            fusednorm::grad_affine<R>(mean[s], rstd[s], w, x_hat, one)};
+    const Affine<R> a = fusednorm::affine<R>(mean[s], rstd[s], w, bias.get_or(c, 0));
+    const GradAffine<R> g = fusednorm::grad_affine<R>(mean[s], rstd[s], w, x_hat, one);
+    return {g.hi, g.rstd, g.scale, g.slope, g.shift, a.scale, a.shift};
   }
   template <class R>
   FN_INLINE double lo(int64_t s) const {

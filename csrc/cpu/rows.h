@@ -202,39 +202,36 @@ FN_INLINE void sweep_out(const T* out, int64_t n, bool streamed, Step&& step) {
   if (i < n) step(i, Part{int(n - i)}, false);
 }
 
-// Calls step(index, coefficients, Whole or Part, streamed?) over `count` runs that follow each other in memory, with
-// full registers across their borders: there each lane takes the coefficients of its own run. of(k): those of run k,
-// a vector for each part.
-template <class T, class Of, class Step>
-FN_INLINE void sweep_neighbours(const T* out, int64_t count, int64_t length, bool streamed, Of&& of, Step&& step) {
+// Calls step(index, coefficients, Whole or Part, streamed?) over `count` runs that follow each other in memory and each
+// have one of `own`, with full registers across their borders: there a lane takes what its own run has.
+template <class Coefficients, class T, class Step>
+FN_INLINE void sweep_neighbours(const T* out, int64_t count, int64_t length, const typename Coefficients::One* own,
+                                bool streamed, Step&& step) {
   constexpr int64_t width = Pack<T>::width;
   if (length < width) {  // a register would lie across more than two
-    for (int64_t k = 0; k < count; ++k) step(k * length, of(k), Part{int(length)}, false);
+    for (int64_t k = 0; k < count; ++k) step(k * length, all_lanes<Coefficients>(own[k]), Part{int(length)}, false);
     return;
   }
-  auto own = of(0);
   const int64_t head = to_alignment(out);
   const bool past = streamed && head >= 0;
   int64_t i = head > 0 ? head : 0;
-  if (i > 0) step(0, own, Part{int(i)}, false);
+  if (i > 0) step(0, all_lanes<Coefficients>(own[0]), Part{int(i)}, false);
   for (int64_t k = 0; k < count; ++k) {
     const int64_t end = (k + 1) * length;
+    const Coefficients all = all_lanes<Coefficients>(own[k]);
     if (past) {
 #pragma GCC unroll 4
-      for (; i + width <= end; i += width) step(i, own, Whole{}, true);
+      for (; i + width <= end; i += width) step(i, all, Whole{}, true);
     } else {
 #pragma GCC unroll 4
-      for (; i + width <= end; i += width) step(i, own, Whole{}, false);
+      for (; i + width <= end; i += width) step(i, all, Whole{}, false);
     }
-    if (k + 1 == count) break;
-    const auto next = of(k + 1);
-    if (i < end) {
-      step(i, first_of(own, next, Part{int(end - i)}), Whole{}, past);
-      i += width;
-    }
-    own = next;
+    if (i == end) continue;
+    const Part left{int(end - i)};
+    if (k + 1 == count) return step(i, all, left, false);
+    step(i, mixed_lanes<T, Coefficients>(own[k], own[k + 1], left), Whole{}, past);
+    i += width;
   }
-  if (i < count * length) step(i, own, Part{int(count * length - i)}, false);
 }
 
 template <class E, class T>
@@ -251,12 +248,11 @@ template <class E, class T>
 template <class E, class T>
 [[gnu::noinline]] void apply_neighbours(const E& e, const T* x, T* y, int64_t count, int64_t length,
                                         const Affine<Real<T>>* a, bool streamed, int64_t ahead) {
-  sweep_neighbours(
-      y, count, length, streamed, [&](int64_t k) FN_LAMBDA { return PackAffine<T>::all(a[k]); },
-      [&](int64_t i, const PackAffine<T>& own, auto there, bool past) FN_LAMBDA {
-        prefetch(x + i + ahead);
-        apply_pack(e, x, y, i, own, there, past);
-      });
+  sweep_neighbours<PackAffine<T>>(y, count, length, a, streamed,
+                                  [&](int64_t i, const PackAffine<T>& own, auto there, bool past) FN_LAMBDA {
+                                    prefetch(x + i + ahead);
+                                    apply_pack(e, x, y, i, own, there, past);
+                                  });
 }
 
 template <bool kConstant, class E, class T>
@@ -275,13 +271,12 @@ template <bool kConstant, class E, class T>
 [[gnu::noinline]] void grad_neighbours(const E& e, const T* dy, const T* x, const GradOut<T>& out, int64_t count,
                                        int64_t length, const GradCoefficients<Real<T>>* g, bool streamed,
                                        int64_t ahead) {
-  sweep_neighbours(
-      out.dx, count, length, streamed && out.alike(), [&](int64_t k) FN_LAMBDA { return PackGrad<T>::all(g[k]); },
-      [&](int64_t i, const PackGrad<T>& own, auto there, bool past) FN_LAMBDA {
-        prefetch(x + i + ahead);
-        prefetch(dy + i + ahead);
-        grad_pack<kConstant>(e, dy, x, out, i, own, there, past);
-      });
+  sweep_neighbours<PackGrad<T>>(out.dx, count, length, g, streamed && out.alike(),
+                                [&](int64_t i, const PackGrad<T>& own, auto there, bool past) FN_LAMBDA {
+                                  prefetch(x + i + ahead);
+                                  prefetch(dy + i + ahead);
+                                  grad_pack<kConstant>(e, dy, x, out, i, own, there, past);
+                                });
 }
 
 // How the slabs are handed to threads.
@@ -425,7 +420,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   };
   const auto apply_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
-    const auto a = PackAffine<T>::all(pass.affine<Real<T>>(s));
+    const auto a = all_lanes<PackAffine<T>>(pass.affine<Real<T>>(s));
     tree.segments(tile, [&](const Runs& r) {
       apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
     });
@@ -483,8 +478,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 
   const auto sums = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead) {
-    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r, PackGrad<T>::all(pass.coefficients<Real<T>>(s, true)),
-                           ahead);
+    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r,
+                           all_lanes<PackGrad<T>>(pass.coefficients<Real<T>>(s, true)), ahead);
   };
   const auto write_runs = [&](int64_t slab, const Runs& r, const PackGrad<T>& g, bool corrected) {
     const int64_t ahead = kAheadBytes / int64_t(sizeof(T));
@@ -496,7 +491,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const bool cut = pass.mask && !pass.constant;
   const auto write_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
-    const auto g = PackGrad<T>::all(pass.coefficients<Real<T>>(s));
+    const auto g = all_lanes<PackGrad<T>>(pass.coefficients<Real<T>>(s));
     tree.segments(tile, [&](const Runs& r) {
       if (!cut) return write_runs(slab, r, g, !pass.constant);
       counted_runs(pass.mask, f, s, r, [&](const Runs& some, bool counted) { write_runs(slab, some, g, counted); });
