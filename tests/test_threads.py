@@ -16,7 +16,8 @@ from support import DTYPES, Array, assert_same_bits, normal, numpy_dtype, run_py
 OPENMP = fn.build_info()["openmp"] is not None
 
 # A thread is woken for 131,072 elements: all but the first two shapes occupy three. The rest are few and many channels,
-# numbers that do not divide, short and long runs, one long row, sizes around chunks (1,024) and tiles (32 of them).
+# numbers that do not divide, short and long runs, one long row, sizes around chunks (1,024 to 4,096) and tiles (32 of
+# them).
 SHAPES = [
     ((4, 3, 7), 1),
     ((16, 32), 1),

@@ -19,8 +19,9 @@ namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
 constexpr int kPanelBytes = 1024;  // of one row
-constexpr int64_t kChunkElements = 8192, kTileElements = 262144, kMaxTiles = 128;
+constexpr int64_t kChunkElements = 32768, kTileElements = 262144, kMaxTiles = 128;
 constexpr int64_t kTurnFrom = 1 << 18;  // bytes of a tensor from which its misalignment is worth a turn
+constexpr int64_t kAheadRows = 16;      // that a sweep of sums fetches ahead
 constexpr int kSumStep = 4;             // rows that share one load of a column's accumulators
 
 template <class T>
@@ -67,7 +68,7 @@ struct ColumnShape {
     rest = outer % repeat;
     panels = (columns + kPanel<T> - 1) / kPanel<T>;
     chunk_rows = kChunkElements / (panels > 1 ? kPanel<T> : columns) / kSumStep * kSumStep;
-    chunk_rows = chunk_rows > 64 ? 64 : chunk_rows < kSumStep ? kSumStep : chunk_rows;
+    chunk_rows = chunk_rows > 128 ? 128 : chunk_rows < 4 * kSumStep ? 4 * kSumStep : chunk_rows;
     const int64_t wanted = kTileElements / columns + 1, least = (rows + kMaxTiles - 1) / kMaxTiles;
     tile_rows = ((wanted > least ? wanted : least) + chunk_rows - 1) / chunk_rows * chunk_rows;
     tiles = (rows + tile_rows - 1) / tile_rows;
@@ -391,12 +392,14 @@ FN_INLINE void counted_rows(const uint8_t* mask, const Block& block, Call&& call
   });
 }
 
-// A block's chunks: call(chunk, elements ahead to fetch).
+// A block's chunks: call(chunk, elements ahead to fetch). None is longer than what came before it, so that only the first
+// is swept for a mean of its own (core/moments.h).
 template <class T, class Call>
 FN_INLINE void chunks_of(const Block& block, int64_t chunk_rows, Call&& call) {
-  for (int64_t r = 0; r < block.rows; r += chunk_rows) {
-    const int64_t rows = block.rows - r < chunk_rows ? block.rows - r : chunk_rows;
-    call(Block{block.offset + r * block.stride, rows, block.columns, block.stride}, chunk_rows / 4 * block.stride);
+  for (int64_t r = 0, rows; r < block.rows; r += rows) {
+    rows = r == 0 ? chunk_rows / 4 : r < chunk_rows ? r : chunk_rows;
+    if (rows > block.rows - r) rows = block.rows - r;
+    call(Block{block.offset + r * block.stride, rows, block.columns, block.stride}, kAheadRows * block.stride);
   }
 }
 

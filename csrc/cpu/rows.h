@@ -1,7 +1,7 @@
 // Rows: memory in which each run of `inner` elements has one statistic and one channel (channels first).
 //
-// A slab is what one statistic is taken over: `outer` runs. It is cut, by its shape alone, into chunks of about 1,024
-// elements (float32 sums) and tiles of 32 chunks (the unit of work when a slab is shared among threads). The tree of
+// A slab is what one statistic is taken over: `outer` runs. It is cut, by its shape alone, into chunks of some
+// thousand elements (float32 sums) and tiles of 32 chunks (the unit of work when a slab is shared among threads). The tree of
 // merges follows that cut, not the threads, so the bits do too.
 //
 // Fused: a thread takes a whole slab, and the second sweep finds x in cache; memory is read once. Where there are too
@@ -14,7 +14,8 @@
 namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024, kTile = 32;
+// A chunk's float32 sums run in four registers: each lane adds 64 numbers.
+constexpr int64_t kChunk = 64 * 4 * kLanes<float>, kTile = 32;
 // Shorter runs than this are written together with those of the neighbouring slabs, as memory lies: run by run, each in
 // another page, they cost up to 4 times as much. Tensors below kNeighboursFrom bytes lie in L2 anyway.
 constexpr int64_t kShortRunBytes = 3072, kNeighbourBytes = 8192, kNeighboursFrom = 1 << 20;

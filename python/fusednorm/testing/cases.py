@@ -347,9 +347,8 @@ def bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
       residual round about 5 times; the rest is for an activation (exp and a division, 4 u) and for the statistics.
     - ``dx``: 2e-6 of ``max|weight*rstd| * max|dy|``. The same count; the two means of the correction err by at most
       16 u of max|dy| each, see dweight.
-    - ``dweight``, ``dbias``: 1e-6 (16 u) of the sum of absolute values. A chunk of 1024 elements summed in 16 SIMD
-      lanes makes chains of 64 additions, whose errors add up like a random walk, to 8 u; products round once; above
-      chunks the sums are float64.
+    - ``dweight``, ``dbias``: 1e-6 (16 u) of the sum of absolute values. A chunk's lanes make chains of at most 64
+      additions, whose errors add up like a random walk, to 8 u; products round once; above chunks the sums are float64.
     - ``var``: 1e-6 of itself. m2 of a chunk is such a sum, of squares that round twice.
     - ``mean``: pivot + sum(x - pivot)/n. The sum errs by 1e-6 of the mean |x - pivot|, which is at most sigma plus the
       pivot's distance from the mean; the pivot, a float32 mean of a chunk, is within 1e-6 of the mean. The arithmetic
@@ -567,10 +566,10 @@ def _per_element(statistic: Float64, case: Case) -> Float64:
 
 
 def _longest_chain(case: Case) -> float:
-    """Additions that one float64 sum passes through: a chunk of 1024 in the worst order, a merge for each chunk, and
+    """Additions that one float64 sum passes through: a chunk of 4096 in the worst order, merges of 1024 or more, and
     the reference's pairwise sum (chains of 16, then log2 n)."""
     elements = case.size / max(case.channels, 1)
-    return min(elements, 1024) + elements / 1024 + 32
+    return min(elements, 4096) + elements / 1024 + 32
 
 
 def _case(shape: tuple[int, ...], axis: int = 1, *, tags: tuple[str, ...] = (), **options: Any) -> Case:
