@@ -51,6 +51,7 @@ const Device& device(int ordinal) {
     d.shared = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     d.shared_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     d.shared_lost = get(cudaDevAttrReservedSharedMemoryPerBlock);
+    d.l2 = get(cudaDevAttrL2CacheSize);
     d.max_cluster = get(cudaDevAttrClusterLaunch) ? 8 : 1;
     d.cooperative = get(cudaDevAttrCooperativeLaunch);
     devices[ordinal] = d;
@@ -115,6 +116,7 @@ template <class Pass>
 cudaError_t launch(Kernel<Pass> kernel, const Pass& pass, Job job, const Queue& queue) {
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = config_of(job.plan, queue, &attribute);
+  job.size = Divisor(job.plan.size);
   if (job.plan.team != Team::launches || !job.merges) return cudaLaunchKernelEx(&config, kernel, pass, job);
   job.phase = Phase::sums;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, pass, job);
@@ -146,14 +148,15 @@ void run(const Pass& pass, const Kernel<Pass> (&kernels)[2][2], Work work, const
   const bool columns = pass.fold.is_columns(), general = !pass.is_plain();
   const Kernel<Pass> kernel = kernels[columns][general];
   const Current current(queue.device);
-  Device d = limits(kernel, largest_cluster[columns][general][queue.device], device(queue.device),
-                    general ? kResident<true> : kResident<false>);
+  Device d =
+      limits(kernel, largest_cluster[columns][general][queue.device], device(queue.device), Pass::resident(general));
   work.slabs = layout.slabs;
   work.packs = layout.runs * layout.packs.by;
   work.together = layout.together();
   work.columns = layout.columns;
   work.real = sizeof(Real<T>);
-  Job job{layout, plan(work, d), Phase::all, work.merges, static_cast<char*>(queue.scratch) + entry_bytes(pass.fold)};
+  Job job{layout,     plan(work, d), {},
+          Phase::all, work.merges,   static_cast<char*>(queue.scratch) + entry_bytes(pass.fold)};
   cudaError_t error = launch(kernel, pass, job, queue);
   if (refused(error) && d.max_cluster + d.cooperative > 1) {
     cudaGetLastError();
@@ -195,6 +198,7 @@ void run(const ForwardPass& pass, const Queue& queue) {
 void run(BackwardPass pass, const Queue& queue) {
   // Without an activation u is dy: the residual need not be read.
   if (pass.epilogue.activation == Activation::identity) pass.epilogue.residual = Array();
+  pass.n = double(pass.fold.per_statistic());
   with_dtype(pass.x.dtype, [&](auto element) {
     using T = decltype(element);
     Work work{};

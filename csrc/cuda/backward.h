@@ -7,7 +7,8 @@
 
 namespace fusednorm::cuda {
 
-constexpr int kBackwardBatch = 2;  // packs of each tensor that a thread loads at once
+template <class T, bool kGeneral>
+constexpr int kBackwardBatch = kGeneral || sizeof(T) == 2 ? 2 : 3;  // packs of each tensor that a thread loads at once
 
 // Rows of Member::coefficients.
 enum GradRow { kHi, kRstd, kPreScale, kPreShift, kScale, kSlope, kShift };
@@ -22,8 +23,9 @@ FN_DEVICE void settle(const BackwardPass& pass, const Member<T, kColumns>& me, c
   const double mean = pass.mean[s], rstd = pass.rstd[s], w = pass.weight.get_or(c, 1);
   double x_hat = pass.cx ? pass.cx[s] : 0, one = pass.c0 ? pass.c0[s] : 0;
   if (summed) {
-    const double u = sums.s, ux = GradSums{sums.s, sums.q}.ux(mean - double(pivot<R>(mean, rstd)), rstd);
-    if (me.rank == 0 && column.first) {
+    const double unit = sums.unit(), lo = mean - double(pivot<R>(mean, rstd));
+    const double u = sums.s * unit, ux = GradSums{u, sums.q * unit * unit}.ux(lo, rstd);
+    if (me.rank() == 0 && column.first) {
       if (pass.s1) pass.s1[s] = w * u;
       if (pass.s2) pass.s2[s] = w * ux;
       if (pass.u) pass.u[s] = u;
@@ -31,7 +33,7 @@ FN_DEVICE void settle(const BackwardPass& pass, const Member<T, kColumns>& me, c
       if (pass.dweight) pass.dweight.set(c, ux);
       if (pass.dbias) pass.dbias.set(c, u);
     }
-    const double n = pass.mask ? sums.n : double(pass.fold.per_statistic());
+    const double n = pass.mask ? sums.n : pass.n;
     if (!pass.known() && n > 0) {
       x_hat = -w * ux / n;
       one = -w * u / n;
@@ -49,11 +51,11 @@ FN_DEVICE void settle(const BackwardPass& pass, const Member<T, kColumns>& me, c
 enum class Doing { sums, writes, either };
 
 template <class T, bool kColumns, bool kGeneral, Doing kDoing>
-FN_DEVICE void sweep(const BackwardPass& pass, Member<T, kColumns>& me, int number, bool to_sums) {
+FN_DEVICE void sweep(const BackwardPass& pass, Member<T, kColumns>& me, bool to_sums) {
   using R = Real<T>;
-  constexpr int batch = kBackwardBatch, some = kSome<T>, parts = kWidth<T> / some;
-  const Slab<T, kColumns> slab(me.job.layout, me.job.plan, number, me.rank);
-  const int64_t run = kGeneral ? slab.first_run(me.job.layout, me.job.plan, number, me.rank) : 0;
+  constexpr int batch = kBackwardBatch<T, kGeneral>, some = kSome<T>, parts = kWidth<T> / some;
+  const Slab<T, kColumns> slab(me.job.layout, me.job.plan, me.slab, me.rank());
+  const int64_t run = kGeneral ? slab.first_run(me.job.layout, me.job.plan, me.slab, me.rank()) : 0;
   const T *x = pass.x.template as<const T>(), *dy = pass.dy.template as<const T>(),
           *residual = pass.epilogue.residual.template as<const T>();
   T *dx = pass.dx.template as<T>(), *dresidual = pass.dresidual.template as<T>();
@@ -74,10 +76,11 @@ FN_DEVICE void sweep(const BackwardPass& pass, Member<T, kColumns>& me, int numb
     for (int b = from; b < to; ++b) {
       const int i = (first ? b : batches - 1 - b) * batch;
       uint4 v[batch], g[batch], added[kGeneral ? batch : 1];
-      uint32_t counted[kGeneral ? batch : 1];
+      uint32_t there[batch], counted[kGeneral ? batch : 1];
 #pragma unroll
       for (int k = 0; k < batch; ++k) {
         const auto at = slab.at(i + k);
+        there[k] = at.there;
         if (!first && i + k < kept) {
           v[k] = *me.kept(i + k, 0, 2);
           g[k] = *me.kept(i + k, 1, 2);
@@ -137,6 +140,7 @@ FN_DEVICE void sweep(const BackwardPass& pass, Member<T, kColumns>& me, int numb
 #pragma unroll
           for (int j = 0; j < some; ++j) {
             z[j] = z[j] * rstd[j];
+            if (there[k] != kWhole<T> && !(there[k] >> (part * some + j) & 1)) z[j] = 0;  // 0 times infinity
             s[j] += u[j];
             q[j] = fused(u[j], z[j], q[j]);
           }
@@ -175,31 +179,30 @@ FN_DEVICE void sweep(const BackwardPass& pass, Member<T, kColumns>& me, int numb
 }
 
 template <class T, bool kColumns, bool kGeneral>
-__global__ void __launch_bounds__(kResident<kGeneral>, 1)
+__global__ void __launch_bounds__(BackwardPass::resident(kGeneral), 1)
     backward(const __grid_constant__ BackwardPass pass, const __grid_constant__ Job job) {
   FN_SHARED(unsigned char, shared);
   Member<T, kColumns> me(job, shared);
-  for (int from = 0; from < job.layout.slabs; from += job.plan.teams) {
-    const int s = from + me.team;
-    const bool mine = s < job.layout.slabs;
-    me.begin(s);
+  for (; me.slab - me.team() < job.layout.slabs; me.slab += job.plan.teams) {
+    const bool mine = me.slab < job.layout.slabs;
+    me.begin();
     // Once to the sums, and once on from there.
     for (int turn = 0; turn < 2; ++turn) {
       const bool first = turn == 0;
       if (!first && job.phase == Phase::sums) break;
       if (mine && (first || pass.sums)) {
         const auto sums = first ? Sums<Real<T>>::none() : me.gather();
-        const Column column = Column::of<kColumns>(job.layout, s);
+        const Column column = Column::of<kColumns>(job.layout, me.slab);
         if (column.there) settle(pass, me, column, !first, sums);
         __syncthreads();
       }
       if (kGeneral) {
         if (mine && (first ? job.phase != Phase::rest : pass.dx && !pass.known()))
-          sweep<T, kColumns, kGeneral, Doing::either>(pass, me, s, first);
+          sweep<T, kColumns, kGeneral, Doing::either>(pass, me, first);
       } else if (first) {
-        if (mine && pass.sums && job.phase != Phase::rest) sweep<T, kColumns, kGeneral, Doing::sums>(pass, me, s, true);
+        if (mine && pass.sums && job.phase != Phase::rest) sweep<T, kColumns, kGeneral, Doing::sums>(pass, me, true);
       } else {
-        if (mine && pass.dx) sweep<T, kColumns, kGeneral, Doing::writes>(pass, me, s, false);
+        if (mine && pass.dx) sweep<T, kColumns, kGeneral, Doing::writes>(pass, me, false);
       }
       if (first && pass.sums && job.phase != Phase::rest) {
         if (mine) me.publish();

@@ -93,10 +93,10 @@ FN_DEVICE auto tally_moments(const ForwardPass& pass, const Member<T, kColumns>&
 
 // The block's part of the slab into its totals.
 template <class T, bool kColumns, bool kGeneral>
-FN_DEVICE void take_moments(const ForwardPass& pass, Member<T, kColumns>& me, int s) {
+FN_DEVICE void take_moments(const ForwardPass& pass, Member<T, kColumns>& me) {
   using R = Real<T>;
-  const Slab<T, kColumns> slab(me.job.layout, me.job.plan, s, me.rank);
-  const int64_t run = kGeneral ? slab.first_run(me.job.layout, me.job.plan, s, me.rank) : 0;
+  const Slab<T, kColumns> slab(me.job.layout, me.job.plan, me.slab, me.rank());
+  const int64_t run = kGeneral ? slab.first_run(me.job.layout, me.job.plan, me.slab, me.rank()) : 0;
   for (int from = 0; from < slab.steps; from += kChunk) {
     const int to = from + kChunk < slab.steps ? from + kChunk : slab.steps;
     bool done = !me.owner();
@@ -125,7 +125,7 @@ FN_DEVICE void settle(const ForwardPass& pass, const Member<T, kColumns>& me, co
     const double unit = sums.unit(), m2 = (pass.center ? sums.scaled_m2() : sums.q) * unit * unit;
     mean = pass.center ? sums.mean() : 0;
     rstd = sums.rstd(pass.eps);
-    if (me.rank == 0 && column.first) {
+    if (me.rank() == 0 && column.first) {
       if (pass.count) pass.count[s] = sums.n;
       if (pass.m2) pass.m2[s] = m2;
       if (pass.updates) update_running(pass.running, c, pass.update_weight, sums.n, mean, m2);
@@ -134,7 +134,7 @@ FN_DEVICE void settle(const ForwardPass& pass, const Member<T, kColumns>& me, co
     mean = pass.evaluation ? pass.running.mean.get(c) : pass.given_mean[s];
     rstd = pass.evaluation ? 1 / ::sqrt(pass.running.var.get(c) + pass.eps) : pass.given_rstd[s];
   }
-  if (me.rank == 0 && column.first) {
+  if (me.rank() == 0 && column.first) {
     if (pass.mean) pass.mean[s] = mean;
     if (pass.rstd) pass.rstd[s] = rstd;
   }
@@ -148,9 +148,9 @@ FN_DEVICE void settle(const ForwardPass& pass, const Member<T, kColumns>& me, co
 }
 
 template <class T, bool kColumns, bool kGeneral>
-FN_DEVICE void apply(const ForwardPass& pass, const Member<T, kColumns>& me, int s) {
+FN_DEVICE void apply(const ForwardPass& pass, const Member<T, kColumns>& me) {
   using R = Real<T>;
-  const Slab<T, kColumns> slab(me.job.layout, me.job.plan, s, me.rank);
+  const Slab<T, kColumns> slab(me.job.layout, me.job.plan, me.slab, me.rank());
   constexpr int batch = kForwardBatch, some = kSome<T>, parts = kWidth<T> / some;
   const T *x = pass.x.template as<const T>(), *residual = pass.epilogue.residual.template as<const T>();
   T* y = pass.y.template as<T>();
@@ -196,24 +196,23 @@ FN_DEVICE void apply(const ForwardPass& pass, const Member<T, kColumns>& me, int
 }
 
 template <class T, bool kColumns, bool kGeneral>
-__global__ void __launch_bounds__(kResident<kGeneral>, 1)
+__global__ void __launch_bounds__(ForwardPass::resident(kGeneral), 1)
     forward(const __grid_constant__ ForwardPass pass, const __grid_constant__ Job job) {
   FN_SHARED(unsigned char, shared);
   Member<T, kColumns> me(job, shared);
-  for (int from = 0; from < job.layout.slabs; from += job.plan.teams) {
-    const int s = from + me.team;
-    const bool mine = s < job.layout.slabs;
-    me.begin(s);
+  for (; me.slab - me.team() < job.layout.slabs; me.slab += job.plan.teams) {
+    const bool mine = me.slab < job.layout.slabs;
+    me.begin();
     if (pass.takes_statistics() && job.phase != Phase::rest) {
-      if (mine) take_moments<T, kColumns, kGeneral>(pass, me, s);
+      if (mine) take_moments<T, kColumns, kGeneral>(pass, me);
       me.sync();
     }
     if (mine && job.phase != Phase::sums) {
       const auto sums = pass.takes_statistics() ? me.gather() : Sums<Real<T>>::none();
-      const Column column = Column::of<kColumns>(job.layout, s);
+      const Column column = Column::of<kColumns>(job.layout, me.slab);
       if (column.there) settle(pass, me, column, sums);
       __syncthreads();
-      if (pass.y) apply<T, kColumns, kGeneral>(pass, me, s);
+      if (pass.y) apply<T, kColumns, kGeneral>(pass, me);
     }
     __syncthreads();  // coefficients and stage are free again
   }

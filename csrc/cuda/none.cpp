@@ -3,7 +3,7 @@
 namespace fusednorm::cuda {
 
 const Backend* backend() { return nullptr; }
-const char* state() { return FUSEDNORM_CUDA_REASON; }
+const char* state() { return FUSEDNORM_CUDA_STATE; }
 int devices() { return 0; }
 bool capturing(void*) { return false; }
 

@@ -44,16 +44,15 @@ constexpr uint32_t kWhole = (1u << kWidth<T>)-1;  // a bit for each element of a
 FN_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FN_DEVICE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-// The thread's index, read anew: what follows from it would else be held in registers all through a kernel.
-FN_DEVICE uint32_t thread() {
+// The same number, but the compiler does not know: what follows from it is computed where it is needed, not held in
+// registers from one end of a kernel to the other.
+FN_DEVICE uint32_t anew(uint32_t v) {
 #if defined(__CUDACC__)
-  uint32_t t;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-  return t;
-#else
-  return threadIdx.x;
+  asm volatile("" : "+r"(v));
 #endif
+  return v;
 }
+FN_DEVICE uint32_t thread() { return anew(threadIdx.x); }
 
 // A division that may be wrong in its last digits.
 FN_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }

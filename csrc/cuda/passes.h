@@ -8,9 +8,6 @@
 
 namespace fusednorm::cuda {
 
-// Threads that fit into an SM's registers: 80 for each, or 128 where residuals, masks and exponentials need them.
-template <bool kGeneral>
-constexpr int kResident = kGeneral ? 512 : 768;
 // Packs of a thread that are summed in float32.
 constexpr int kChunk = 64;
 
@@ -29,6 +26,8 @@ struct ForwardPass {
   double *count, *mean, *m2, *rstd;  // out [S]; each may be null
 
   FN_INLINE bool takes_statistics() const { return !given_mean && !evaluation; }
+  // Threads that fit into an SM's registers: 96 for each, or 128 where residuals, masks and exponentials need them.
+  static constexpr int resident(bool general) { return general ? 512 : 640; }
   // Epilogues that the plain kernel knows.
   bool is_plain() const { return epilogue.activation <= Activation::relu && !epilogue.residual && !mask; }
 };
@@ -42,6 +41,7 @@ struct BackwardPass {
   bool sums;              // Σu, Σu·x̂ are taken
   const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
   bool constant;
+  double n;              // elements of a statistic, where there is no mask
   const uint8_t* mask;   // where cx and c0 apply
   Array dx, dresidual;   // no dx: sums only
   double *s1, *s2;       // out [S]: Σw·u, Σw·u·x̂; may be null
@@ -50,6 +50,7 @@ struct BackwardPass {
 
   // dx does not wait for the sums.
   FN_INLINE bool known() const { return constant || cx || c0; }
+  static constexpr int resident(bool) { return 512; }
   // What the plain kernel knows: not both at once, either.
   bool is_plain() const {
     return epilogue.activation <= Activation::relu && !epilogue.residual && !mask && !dresidual &&

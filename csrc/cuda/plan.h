@@ -13,7 +13,7 @@ namespace fusednorm::cuda {
 
 struct Device {
   int sms = 0;
-  int threads = 1024;          // resident in an SM: what 64 registers each leave room for
+  int threads = 1024;          // resident in an SM, at most
   int64_t shared = 0;          // bytes of shared memory of an SM
   int64_t shared_block = 0;    // of which one block may have so many
   int64_t shared_lost = 1024;  // and loses so many
@@ -46,7 +46,7 @@ struct Plan {
   int threads = 32, size = 1;                                // of a block; blocks of a team
   int teams = 1;                                             // in flight
   int64_t share = 0;                                         // packs of the slab that are one block's
-  int kept = 0;                                              // packs of each tensor that a thread keeps
+  int kept = 0, room = 0;                                    // packs of each tensor that a thread keeps
   int slices = 1;                                            // parts in which a team's sums are gathered
   int totals_at = 0, stage_at = 0, kept_at = 0, shared = 0;  // bytes: the block's shared memory
 
@@ -59,6 +59,8 @@ inline int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // Sizes of blocks that fill an SM: halves, as far as those are whole warps; then 64 and 32.
 inline int next(int threads) { return threads / 2 % 32 == 0 ? threads / 2 : threads > 64 ? 64 : threads / 2; }
+
+inline int64_t per_sm(const Device& d, int threads) { return d.threads / threads > 0 ? d.threads / threads : 1; }
 
 // Everything that follows from threads, size and teams.
 inline Plan laid_out(const Work& w, const Device& d, Team team, int threads, int64_t size, int64_t teams) {
@@ -74,22 +76,31 @@ inline Plan laid_out(const Work& w, const Device& d, Team team, int threads, int
   p.totals_at = kCoefficients * w.columns * w.real;
   p.stage_at = p.totals_at + int(up(2 * w.columns * kSumsBytes, 32)) * 32;
   p.kept_at = p.stage_at + int(up(staged > gathered ? staged : gathered, 32)) * 32;
-  if (w.again && w.keeps && team != Team::launches) {
-    const int64_t blocks = d.threads / threads > 0 ? d.threads / threads : 1, fair = d.shared / blocks - d.shared_lost;
-    const int64_t room = (fair < d.shared_block ? fair : d.shared_block) - p.kept_at;
-    const int64_t packs = room > 0 ? room / (int64_t(threads) * w.keeps * kPackOf) : 0, steps = up(p.share, threads);
-    p.kept = int(packs < steps ? packs : steps);
+  if (w.again && team != Team::launches) {
+    const int64_t fair = d.shared / per_sm(d, threads) - d.shared_lost,
+                  own = fair < d.shared_block ? fair : d.shared_block;
+    p.room = own > p.kept_at ? int((own - p.kept_at) / (int64_t(threads) * w.keeps * kPackOf)) : 0;
+    const int64_t steps = up(p.share, threads);
+    p.kept = int(p.room < steps ? p.room : steps);
   }
   p.shared = p.kept_at + p.kept * threads * w.keeps * kPackOf;
   return p;
 }
 
-// Time of a plan, in units of a pack that all resident threads move (0.5 µs on an H200). A team's merge costs a few of
-// them, in which its SMs move nothing.
-inline double cost(const Work& w, const Plan& p, int64_t in_flight) {
-  const double wait[] = {2, 4, 10, 10}, steps = double(up(p.share, p.threads)), rounds = double(up(w.slabs, in_flight));
-  const double moved = steps * (w.read + w.written) + (w.again ? (steps - p.kept) * w.read : 0);
-  return rounds * (moved + wait[int(p.team)]);
+// Time of a plan, in units of a pack that all resident threads move (0.5 µs on an H200).
+inline double cost(const Work& w, const Device& d, const Plan& p) {
+  const double steps = double(up(p.share, p.threads)), rounds = double(up(w.slabs, p.teams));
+  const double busy = double(p.blocks()) * p.threads / (double(d.sms) * d.threads);
+  // Half of L2 serves what is read again; that costs less than half.
+  const double rest = w.again ? steps - p.kept : 0,
+               read_again = rest * w.read * kPackOf * double(p.blocks()) * p.threads;
+  const double found = read_again > 0 ? d.l2 / 2 / read_again : 0,
+               again = rest * w.read * (1 - 0.5 * (found < 1 ? found : 1));
+  // Of a few SMs each gets more of the memory's bandwidth, up to three times its share.
+  const double moved = (steps * (w.read + w.written) + again) * (busy > 0.35 ? busy < 1 ? busy : 1 : 0.35);
+  // Merges, in which a team's SMs move nothing, unless they have another team's blocks.
+  const double merge = p.team == Team::block ? 2 : p.team == Team::cluster ? 4 : 10;
+  return rounds * (moved + (p.team <= Team::cluster && per_sm(d, p.threads) > 1 ? merge / 2 : merge));
 }
 
 }  // namespace detail
@@ -100,43 +111,39 @@ inline Plan plan(const Work& w, const Device& d) {
   const auto clamped = [](int64_t n, int64_t low, int64_t high) { return n > high ? high : n < low ? low : n; };
 
   Plan best;
-  double least_cost = 0;
-  bool found = false;
-  const auto consider = [&](const Plan& p, int64_t in_flight) {
-    const double now = detail::cost(w, p, in_flight);
-    if (found && now >= least_cost) return;
+  double least_cost = -1;
+  const auto consider = [&](const Plan& p) {
+    const double now = detail::cost(w, d, p);
+    if (least_cost >= 0 && now >= least_cost) return;
     best = p;
     least_cost = now;
-    found = true;
   };
   if (w.merges && (!w.together || w.slabs == 1))
     for (int size = 1; size <= d.max_cluster; size *= 2)
       for (int threads = most; threads >= least; threads = detail::next(threads)) {
         if (size > 1 && threads * 4 < most) break;
-        const int64_t in_flight = clamped(int64_t(d.sms) * (most / threads) / size, 1, INT32_MAX);
+        const int64_t resident = clamped(int64_t(d.sms) * detail::per_sm(d, threads) / size, 1, INT32_MAX);
         consider(detail::laid_out(w, d, size == 1 ? Team::block : Team::cluster, threads, size,
-                                  clamped(w.slabs, 1, in_flight)),
-                 in_flight);
+                                  clamped(w.slabs, 1, resident)));
       }
   if (w.merges && d.cooperative) {
     const int threads = most / 2 % 32 == 0 && most / 2 >= least ? most / 2 : most;
-    const int64_t blocks = int64_t(d.sms) * (most / threads);
+    const int64_t blocks = int64_t(d.sms) * detail::per_sm(d, threads);
     // As many slabs at once as fit, or all that there are.
-    const Plan one = detail::laid_out(w, d, Team::grid, threads, blocks, 1);
-    const int64_t need = one.kept > 0 ? up(w.packs, int64_t(one.kept) * threads) : blocks, fit = blocks / need;
+    const int64_t room = detail::laid_out(w, d, Team::grid, threads, 1, 1).room * threads;
+    const int64_t fit = room > 0 && w.packs > 0 ? blocks / clamped(up(w.packs, room), 1, blocks) : 1;
     for (const int64_t teams : {clamped(fit, 1, w.slabs), w.slabs})
       if (teams <= blocks && (!w.together || teams == w.slabs))
-        consider(detail::laid_out(w, d, Team::grid, threads, blocks / teams, teams), teams);
+        consider(detail::laid_out(w, d, Team::grid, threads, blocks / teams, teams));
   }
-  // What is left: no merges, or no way for blocks to meet while a kernel runs.
-  if (!w.merges || w.together ? !found : !d.cooperative && w.slabs <= 2 * d.sms) {
+  // No merges, or no other way for the blocks of a team to meet.
+  if (!w.merges || (w.together ? least_cost < 0 : !d.cooperative && w.slabs <= 2 * d.sms)) {
     int threads = least;
     while (threads < 256 && threads * 2 <= most && threads * 4 < w.packs) threads *= 2;
     const int64_t wanted = up(int64_t(d.sms) * (most / threads) * (w.merges ? 2 : 8), w.slabs);
-    consider(detail::laid_out(w, d, Team::launches, threads,
-                              clamped(wanted, 1, up(w.packs, threads * 4) > 1 ? up(w.packs, threads * 4) : 1),
-                              clamped(w.slabs, 1, 1 << 16)),
-             w.slabs);
+    const int64_t sensible = up(w.packs + 1, threads * 4);  // a few packs for each thread
+    consider(
+        detail::laid_out(w, d, Team::launches, threads, clamped(wanted, 1, sensible), clamped(w.slabs, 1, 1 << 16)));
   }
   return best;
 }

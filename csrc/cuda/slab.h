@@ -110,7 +110,8 @@ struct Slab {
   uint32_t begin, end;  // packs from there on: the thread's first, the block's last
   int steps;            // packs of a thread, at most
 
-  FN_DEVICE Slab(const Layout& l, const Plan& plan, int slab, int rank) : layout(l) {
+  FN_DEVICE Slab(const Layout& l, const Plan& plan, int number, int rank) : layout(l) {
+    const int slab = int(anew(uint32_t(number)));
     const int64_t entry = l.per_entry.divide(uint32_t(slab)), s = slab - entry * l.per_entry.by;
     const int64_t from = plan.share * rank, own = l.packs.divide(from);
     const int64_t all = l.runs * l.packs.by - from, left = all < plan.share ? all : plan.share;

@@ -116,6 +116,7 @@ enum class Phase : int { all, sums, rest };  // of a pass: two launches in turn,
 struct Job {
   Layout layout;
   Plan plan;
+  Divisor size;  // of a team
   Phase phase;
   bool merges;
   void* partial;  // Sums [slot][block of the team][column], where a team meets in scratch memory
@@ -135,14 +136,13 @@ class Member {
 
   const Job& job;
   R* const coefficients;
-  const int rank, team;
+  int slab;  // that is worked on
 
   FN_DEVICE Member(const Job& j, unsigned char* shared)
-      : job(j),
-        coefficients(reinterpret_cast<R*>(shared)),
-        rank(int(blockIdx.x % uint32_t(j.plan.size))),
-        team(int(blockIdx.x / uint32_t(j.plan.size))),
-        shared_(shared) {}
+      : job(j), coefficients(reinterpret_cast<R*>(shared)), slab(team()), shared_(shared) {}
+
+  FN_DEVICE int team() const { return int(job.size.divide(anew(blockIdx.x))); }
+  FN_DEVICE int rank() const { return int(blockIdx.x) - team() * job.plan.size; }
 
   FN_DEVICE uint4* kept(int i, int tensor, int tensors) const {
     return reinterpret_cast<uint4*>(shared_ + job.plan.kept_at) + (i * tensors + tensor) * int(blockDim.x) + thread();
@@ -155,8 +155,7 @@ class Member {
   FN_DEVICE bool owner() const { return thread() < uint32_t(job.layout.columns); }
 
   // A new slab: the owners' totals are empty.
-  FN_DEVICE void begin(int slab) {
-    slab_ = slab;
+  FN_DEVICE void begin() {
     parity_ ^= 1;
     if (owner()) *total(thread()) = Total::none();
   }
@@ -206,7 +205,7 @@ class Member {
 
   // Makes the totals known to the team.
   FN_DEVICE void publish() const {
-    if (job.plan.team >= Team::grid && owner()) partial(slab_, rank)[thread()] = *total(thread());
+    if (job.plan.team >= Team::grid && owner()) partial(slab, rank())[thread()] = *total(thread());
   }
   // All blocks of the team come here (of a grid: all).
   FN_DEVICE void sync() const {
@@ -227,7 +226,7 @@ class Member {
     if (slice < uint32_t(job.plan.slices)) {
       for (uint32_t i = slice; i < uint32_t(job.plan.size * l.repeat); i += uint32_t(job.plan.slices)) {
         const uint32_t copy = i / uint32_t(job.plan.size), block = i - copy * uint32_t(job.plan.size);
-        sums.merge(kColumns && l.repeat > 1 ? copy_of(c, copy, int(block)) : fetch(slab_, int(block), c));
+        sums.merge(kColumns && l.repeat > 1 ? copy_of(c, copy, int(block)) : fetch(slab, int(block), c));
       }
       stage<Total>()[slice * columns + c] = sums;
     }
@@ -250,22 +249,22 @@ class Member {
   FN_DEVICE Total* total(uint32_t c) const {
     return reinterpret_cast<Total*>(shared_ + job.plan.totals_at) + parity_ * job.layout.columns + int(c);
   }
-  FN_DEVICE Total* partial(int slab, int block) const {
+  FN_DEVICE Total* partial(int of, int block) const {
     // Of a grid two rounds are alive: this one, and in blocks that are behind the last.
-    const int slot = job.plan.team == Team::launches ? slab
-                     : job.layout.together()         ? parity_ * job.plan.teams + slab
-                                                     : parity_ * job.plan.teams + team;
+    const int slot = job.plan.team == Team::launches ? of
+                     : job.layout.together()         ? parity_ * job.plan.teams + of
+                                                     : parity_ * job.plan.teams + team();
     return static_cast<Total*>(job.partial) + (int64_t(slot) * job.plan.size + block) * job.layout.columns;
   }
-  FN_DEVICE Total fetch(int slab, int block, uint32_t c) const {
-    if (job.plan.team >= Team::grid) return partial(slab, block)[c];
+  FN_DEVICE Total fetch(int of, int block, uint32_t c) const {
+    if (job.plan.team >= Team::grid) return partial(of, block)[c];
     return *map(total(c), block);
   }
   // A copy of the slab's column c, which may lie in another slab.
   FN_DEVICE Total copy_of(uint32_t c, uint32_t copy, int block) const {
     const Layout& l = job.layout;
     const uint32_t pitch = uint32_t(l.pitch), groups = uint32_t(l.groups), strips = l.per_entry.by;
-    const uint32_t entry = l.per_entry.divide(uint32_t(slab_)), column = (uint32_t(slab_) - entry * strips) * pitch + c;
+    const uint32_t entry = l.per_entry.divide(uint32_t(slab)), column = (uint32_t(slab) - entry * strips) * pitch + c;
     if (c >= pitch || column >= uint32_t(l.row)) return Total::none();
     const uint32_t other = column % groups + copy * groups;
     return fetch(int(entry * strips + other / pitch), block, other % pitch);
@@ -282,7 +281,6 @@ class Member {
 #endif
 
   unsigned char* const shared_;
-  int slab_ = 0;
   int parity_ = 0;
 };
 
