@@ -19,14 +19,16 @@ LINT = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "l
 
 
 def install(session: nox.Session, what: str, **environment: str) -> None:
-    """Build and install, in a build folder of the session's own: build/ belongs to `pip install`."""
+    """Build and install, in a build folder of the session's own: build/ belongs to `pip install`. Without CUDA, unless
+    the session is about it."""
+    environment = {"FUSEDNORM_CUDA": "OFF"} | environment
     session.install(what, "-C", f"build-dir={session.create_tmp()}/build", env=environment)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """The test suite; arguments go to pytest, such as --slow for the cases that take minutes."""
-    install(session, ".[test]")
+    install(session, ".[test]", FUSEDNORM_CUDA="AUTO")
     session.run("pytest", *session.posargs)
 
 
@@ -54,7 +56,7 @@ def wheel(session: nox.Session) -> None:
     dist = Path(session.create_tmp()) / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     session.install("build", "numpy", "rich", *LINT)
-    session.run("python", "-m", "build", "--outdir", str(dist), env={"FUSEDNORM_WERROR": "ON"})
+    session.run("python", "-m", "build", "--outdir", str(dist), env={"FUSEDNORM_WERROR": "ON", "FUSEDNORM_CUDA": "OFF"})
     built = sorted(dist.glob("*.whl"))
     session.install("--no-deps", "--force-reinstall", *map(str, built))
     session.chdir(dist)  # away from the sources
@@ -77,6 +79,19 @@ def clang(session: nox.Session) -> None:
     install(session, ".[test]", CXX=compiler, FUSEDNORM_WERROR="ON")
     session.run("fusednorm", "info")
     session.run("pytest", "tests/test_cases.py", "tests/test_verbs.py")
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """CUDA's kernels without a GPU: compiled by nvcc, where there is one, for all architectures, warnings as errors;
+    then emulated, through the same cases as the CPU's."""
+    if shutil.which("nvcc"):
+        install(session, ".", FUSEDNORM_CUDA="ON", FUSEDNORM_WERROR="ON")
+        session.run("fusednorm", "info")
+    else:
+        session.log("no nvcc found: its part is skipped")
+    install(session, ".[test]", FUSEDNORM_CUDA="EMULATED")
+    session.run("pytest", "-q", "tests/test_cuda.py", *session.posargs)
 
 
 @nox.session

@@ -513,17 +513,20 @@ FORWARD_ERRORS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "out broadcasts": ({"out": normal((1, 4, 3))}, ValueError, r"\(6, 4, 3\).*\(1, 4, 3\)"),
     "out dtype": ({"out": normal((6, 4, 3), "float64")}, TypeError, "float32.*float64"),
     "out read-only": ({"out": read_only(normal((6, 4, 3)))}, ValueError, "read-only"),
-    "out a list": ({"out": [1.0]}, TypeError, "NumPy array"),
+    "out a list": ({"out": [1.0]}, TypeError, "out must be a NumPy or CuPy array"),
     "running_mean read-only": ({"running_mean": read_only(normal((4,)))}, ValueError, "read-only"),
     "running_var read-only": ({"running_var": read_only(normal((4,)))}, ValueError, "read-only"),
     "running_var read-only and strided": ({"running_var": read_only(normal((8,)))[::2]}, ValueError, "read-only"),
 }
-FORWARD_ERRORS |= {f"x {name}": ({"x": value}, TypeError, r"NumPy array|float32") for name, value in KINDS.items()}
 FORWARD_ERRORS |= {
-    f"residual {name}": ({"residual": value}, TypeError, r"NumPy array|float32") for name, value in KINDS.items()
+    f"x {name}": ({"x": value}, TypeError, r"CuPy array|of a GPU|float32") for name, value in KINDS.items()
 }
 FORWARD_ERRORS |= {
-    f"{which} {name}": ({which: value}, TypeError, r"NumPy array|float32")
+    f"residual {name}": ({"residual": value}, TypeError, r"CuPy array|of a GPU|float32")
+    for name, value in KINDS.items()
+}
+FORWARD_ERRORS |= {
+    f"{which} {name}": ({which: value}, TypeError, r"CuPy array|of a GPU|float32")
     for which in ("weight", "bias", "running_mean", "running_var")
     for name, value in VECTORS.items()
 }
@@ -580,7 +583,7 @@ BACKWARD_ERRORS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "mean shape": ({"mean": np.zeros(3)}, ValueError, r"\(4,\).*\(3,\)"),
     "rstd shape": ({"rstd": np.zeros((1, 4))}, ValueError, r"\(4,\).*\(1, 4\)"),
     "mean of whole batch with ghosts": ({"ghost_batch_size": 2}, ValueError, r"\(3, 4\).*\(4,\)"),
-    "mean a list": ({"mean": [0.0] * 4}, TypeError, "NumPy array"),
+    "mean a list": ({"mean": [0.0] * 4}, TypeError, "CuPy array|of a GPU"),
     "weight size": ({"weight": np.ones(3)}, ValueError, "weight should contain 4 elements not 3"),
     "bias size": ({"bias": np.ones(3)}, ValueError, "bias should contain 4 elements not 3"),
     "activation": ({"activation": "gelu"}, ValueError, "relu"),
@@ -590,12 +593,12 @@ BACKWARD_ERRORS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "out read-only": ({"out": read_only(normal((6, 4, 3)))}, ValueError, "read-only"),
 }
 BACKWARD_ERRORS |= {
-    f"{which} {name}": ({which: value}, TypeError, r"NumPy array|float32")
+    f"{which} {name}": ({which: value}, TypeError, r"CuPy array|of a GPU|float32")
     for which in ("x", "dy", "residual")
     for name, value in KINDS.items()
 }
 BACKWARD_ERRORS |= {
-    f"{which} {name}": ({which: value}, TypeError, r"NumPy array|float32")
+    f"{which} {name}": ({which: value}, TypeError, r"CuPy array|of a GPU|float32")
     for which in ("weight", "bias", "mean", "rstd")
     for name, value in VECTORS.items()
 }
@@ -1106,7 +1109,7 @@ def test_moments_options() -> None:
     with pytest.raises(ValueError, match="duplicate"):
         fn.moments(x, (0, -3))
     for kind in KINDS.values():
-        with pytest.raises(TypeError, match=r"NumPy array|float32"):
+        with pytest.raises(TypeError, match=r"CuPy array|of a GPU|float32"):
             fn.moments(kind, 0)  # type: ignore[arg-type]
 
 
@@ -1201,10 +1204,10 @@ def test_batch_normalization_errors() -> None:
                 continue
             arguments = [np.ones(4), np.ones(4), np.ones(4), np.ones(4)]
             arguments[place] = wrong  # type: ignore[call-overload]
-            with pytest.raises(TypeError, match=r"NumPy array|float32"):
+            with pytest.raises(TypeError, match=r"CuPy array|of a GPU|float32"):
                 fn.batch_normalization(np.ones((3, 4)), *arguments, 1e-3)
     for wrong in KINDS.values():
-        with pytest.raises(TypeError, match=r"NumPy array|float32"):
+        with pytest.raises(TypeError, match=r"CuPy array|of a GPU|float32"):
             fn.batch_normalization(wrong, np.ones(3), np.ones(3), None, None, 1e-3)  # type: ignore[arg-type]
 
 
@@ -1263,9 +1266,9 @@ def test_pytorch_refuses_what_we_refuse_in_the_same_words(torch: Any) -> None:
 
 
 def test_tensors_of_pytorch_are_a_type_error(torch: Any) -> None:
-    with pytest.raises(TypeError, match=r"x must be a NumPy array.*torch\.Tensor"):
+    with pytest.raises(TypeError, match=r"x must be a NumPy or CuPy array.*torch\.Tensor"):
         fn.batch_norm_forward(torch.ones(3, 4))
-    with pytest.raises(TypeError, match="weight must be a NumPy array"):
+    with pytest.raises(TypeError, match="weight must be a NumPy or CuPy array"):
         fn.batch_norm_forward(normal((3, 4)), torch.ones(4))
 
 

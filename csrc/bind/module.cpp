@@ -39,13 +39,36 @@ std::optional<DType> dtype_of(const py::dtype& d) {
 }
 std::string shown(py::handle h) { return py::str(h); }
 
-py::array as_array(py::handle h, const char* name) {
+// An array as this file sees it. One of a GPU is seen as a NumPy array over the GPU's addresses: shape, strides and type
+// are looked at, elements never.
+struct View : py::array {
+  int device = kCpu;
+
+  View() = default;
+  View(py::array a, int on) : py::array(std::move(a)), device(on) {}
+};
+
+std::string shown_device(int device) { return device == kCpu ? "cpu" : "cuda:" + std::to_string(device); }
+
+View view_of(py::handle h, const char* name) {
+  const auto type = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr()));
   // A masked array is an ndarray, but its mask would be ignored.
-  const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr())) ==
-                     reinterpret_cast<PyObject*>(py::detail::npy_api::get().PyArray_Type_);
-  if (!plain && (!py::isinstance<py::array>(h) || py::hasattr(h, "_mask")))
-    type_error(std::string(name) + " must be a NumPy array, not " + shown(py::type::of(h).attr("__name__")));
-  return py::reinterpret_borrow<py::array>(h);
+  if (type == reinterpret_cast<PyObject*>(py::detail::npy_api::get().PyArray_Type_) ||
+      (py::isinstance<py::array>(h) && !py::hasattr(h, "_mask")))
+    return {py::reinterpret_borrow<py::array>(h), kCpu};
+  // CuPy's pointer costs less than the dictionary of __cuda_array_interface__.
+  const py::object data = py::hasattr(py::type::of(h), "__cuda_array_interface__") && py::hasattr(h, "data")
+                              ? py::object(h.attr("data"))
+                              : py::none();
+  if (!py::hasattr(data, "ptr"))
+    type_error(std::string(name) + " must be a NumPy or CuPy array, not " + shown(py::handle(type).attr("__name__")));
+  if (!cuda::backend())
+    type_error(std::string(name) + " is an array of a GPU, and CUDA is " + cuda::state() + " in this fusednorm");
+  const auto shape = h.attr("shape").cast<std::vector<py::ssize_t>>();
+  const auto strides = h.attr("strides").cast<std::vector<py::ssize_t>>();
+  const auto pointer = reinterpret_cast<void*>(data.attr("ptr").cast<uintptr_t>());
+  return {py::array(py::reinterpret_borrow<py::dtype>(h.attr("dtype")), shape, strides, pointer, h),
+          data.attr("device_id").cast<int>()};
 }
 
 // The addresses from an array's lowest byte to its highest: what costs little to compare, and mostly is enough to tell
@@ -69,14 +92,21 @@ void expect_size(const char* name, int64_t expected, int64_t actual) {
                           std::to_string(actual));
 }
 
-// A tensor: its elements fill size·itemsize bytes from its pointer on, in any axis order.
-Array tensor(py::handle h, const char* name, int64_t size, bool written, const Array* like = nullptr) {
+void expect_device(const char* name, int device, const Array& x) {
+  if (device != x.device)
+    type_error(std::string(name) + " is on " + shown_device(device) + ", x on " + shown_device(x.device));
+}
+
+// A tensor: its elements fill size·itemsize bytes from its pointer on, in any axis order. What is given beside an x has
+// its dtype and lies on its device.
+Array tensor(py::handle h, const char* name, int64_t size, bool written, const Array* x = nullptr) {
   if (h.is_none()) return {};
-  const py::array a = as_array(h, name);
+  const View a = view_of(h, name);
   const auto dtype = dtype_of(a.dtype());
-  if (!dtype || (like && *dtype != like->dtype))
+  if (!dtype || (x && *dtype != x->dtype))
     type_error(std::string(name) + " has dtype " + shown(a.dtype()) +
-               (like ? ", x has another" : "; float32, float64, float16 and bfloat16 are taken"));
+               (x ? ", x has another" : "; float32, float64, float16 and bfloat16 are taken"));
+  if (x) expect_device(name, a.device, *x);
   expect_size(name, size, a.size());
   int64_t last = 0;
   for (py::ssize_t i = 0; i < a.ndim(); ++i) {
@@ -88,58 +118,57 @@ Array tensor(py::handle h, const char* name, int64_t size, bool written, const A
   if (reinterpret_cast<uintptr_t>(data) % uintptr_t(a.itemsize()))
     throw py::value_error(std::string(name) + " must be aligned");
   if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
-  return {const_cast<void*>(data), *dtype, kCpu};
+  return {const_cast<void*>(data), *dtype, a.device};
 }
 
-// A parameter or statistic: one number a channel. Strided or byte-swapped ones travel through a copy, and back if
-// written.
+// A parameter or statistic: one number a channel, on x's device. Strided or byte-swapped ones travel through a copy, and
+// back if written.
 class Vector {
  public:
-  Vector(py::handle h, const char* name, int64_t size, bool written = false) {
+  Vector(py::handle h, const char* name, int64_t size, const Array& x, bool written = false) {
     if (h.is_none()) return;
-    py::array a = as_array(h, name);
-    expect_size(name, size, a.size());
-    if (a.ndim() != 1)
-      throw py::value_error(std::string(name) + " must have one axis, not " + std::to_string(a.ndim()));
-    if (written && !a.writeable()) throw py::value_error(std::string(name) + " is read-only");
-    given_ = a;
-    extent_ = Extent(a);
-    if (written && size > 1 && std::abs(a.strides(0)) < a.itemsize())
-      throw py::value_error(std::string(name) + " overlaps itself: its stride is " + std::to_string(a.strides(0)) +
+    view_ = view_of(h, name);
+    expect_device(name, view_.device, x);
+    expect_size(name, size, view_.size());
+    if (view_.ndim() != 1)
+      throw py::value_error(std::string(name) + " must have one axis, not " + std::to_string(view_.ndim()));
+    if (written && !view_.writeable()) throw py::value_error(std::string(name) + " is read-only");
+    if (written && size > 1 && std::abs(view_.strides(0)) < view_.itemsize())
+      throw py::value_error(std::string(name) + " overlaps itself: its stride is " + std::to_string(view_.strides(0)) +
                             " bytes");
-    const bool plain = a.flags() & py::array::c_style && a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-    if (!plain || a.dtype().byteorder() == '>') {
-      copied_ = true;
-      a = a.attr("astype")(a.dtype().attr("newbyteorder")("="), py::arg("order") = "C");
+    View used = view_;
+    const bool plain = used.flags() & py::array::c_style && used.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    if (!plain || used.dtype().byteorder() == '>') {
+      given_ = py::reinterpret_borrow<py::object>(h);
+      copy_ = given_.attr("astype")(used.dtype().attr("newbyteorder")("="), py::arg("order") = "C");
+      used = view_of(copy_, name);
     }
-    const auto dtype = dtype_of(a.dtype());
+    const auto dtype = dtype_of(used.dtype());
     if (!dtype)
-      type_error(std::string(name) + " has dtype " + shown(a.dtype()) +
+      type_error(std::string(name) + " has dtype " + shown(used.dtype()) +
                  "; float32, float64, float16 and bfloat16 are taken");
-    keep_ = a;
-    array_ = {const_cast<void*>(a.data()), *dtype, kCpu};
+    array_ = {const_cast<void*>(used.data()), *dtype, used.device};
   }
-  ~Vector() = default;
   const Array& array() const { return array_; }
   void write_back() const {
-    if (copied_) given_.attr("__setitem__")(py::ellipsis(), keep_);
+    if (copy_) given_.attr("__setitem__")(py::ellipsis(), copy_);
   }
   bool shares_memory(const Vector& other) const {
-    return extent_.meets(other.extent_) &&
-           py::module_::import("numpy").attr("shares_memory")(given_, other.given_).cast<bool>();
+    return array_ && other.array_ && Extent(view_).meets(Extent(other.view_)) &&
+           py::module_::import("numpy").attr("shares_memory")(view_, other.view_).cast<bool>();
   }
 
  private:
-  py::object given_, keep_;
-  bool copied_ = false;
-  Extent extent_;
+  View view_;
+  py::object given_, copy_;  // where the array itself cannot be used
   Array array_;
 };
 
-double* statistics(py::handle h, const char* name, int64_t size, bool written) {
+double* statistics(py::handle h, const char* name, int64_t size, bool written, const Array& x) {
   if (h.is_none()) return nullptr;
   const Array a = tensor(h, name, size, written);
   if (a.dtype != DType::f64) type_error(std::string(name) + " must be float64");
+  expect_device(name, a.device, x);
   return a.as<double>();
 }
 void expect(bool condition, const char* message) {
@@ -154,10 +183,11 @@ void expect_apart(const Vector& written, const char* name, const Vector& other, 
 }
 
 // One byte for each position.
-const uint8_t* mask_of(py::handle h, const Fold& f) {
+const uint8_t* mask_of(py::handle h, const Fold& f, const Array& x) {
   if (h.is_none()) return nullptr;
-  const py::array a = as_array(h, "mask");
+  const View a = view_of(h, "mask");
   if (a.dtype().kind() != 'b') type_error("mask must be boolean, not " + shown(a.dtype()));
+  expect_device("mask", a.device, x);
   expect_size("mask", f.batch * f.outer * f.span, a.size());
   if (!(a.flags() & py::array::c_style)) throw py::value_error("mask must be dense");
   return static_cast<const uint8_t*>(a.data());
@@ -173,54 +203,79 @@ void expect_loops(const Fold& f) {
   expect(f.is_columns() || f.is_rows(), "no kernel takes a fold whose channels change along inner");
 }
 
+// The backend of x's device, and what its verbs need besides their arguments: `stream`, a cudaStream_t, and `scratch`,
+// as many bytes as scratch_bytes says. The CPU needs neither.
+const Backend& backend_of(const Array& x) { return x.device == kCpu ? cpu::backend() : *cuda::backend(); }
+int64_t scratch_bytes(const Fold& f, const Array& x) {
+  const Backend& backend = backend_of(x);
+  return backend.scratch ? backend.scratch(f, x.dtype, x.device) : 0;
+}
+Queue queue_of(const Array& x, const Fold& f, uintptr_t stream, py::handle scratch) {
+  Queue queue{x.device, reinterpret_cast<void*>(stream), nullptr};
+  const int64_t needed = scratch_bytes(f, x);
+  if (needed == 0) return queue;
+  if (scratch.is_none()) throw py::value_error("this call needs scratch of " + std::to_string(needed) + " bytes");
+  const View a = view_of(scratch, "scratch");
+  expect_device("scratch", a.device, x);
+  if (a.nbytes() < needed || !(a.flags() & py::array::c_style) || reinterpret_cast<uintptr_t>(a.data()) % 16)
+    throw py::value_error("scratch must be dense, aligned and of " + std::to_string(needed) + " bytes");
+  queue.scratch = const_cast<void*>(a.data());
+  return queue;
+}
+
 template <class Verb, class Args>
-void call(Verb Backend::* verb, const Args& args) {
-  const Backend& backend = cpu::backend();
+void call(const Array& x, Verb Backend::* verb, const Args& args) {
+  const Backend& backend = backend_of(x);
   py::gil_scoped_release released;
   (backend.*verb)(args);
 }
 
 void moments(const Fold& f, py::handle x, py::handle mask, bool center, py::handle count, py::handle mean,
-             py::handle m2) {
+             py::handle m2, uintptr_t stream, py::handle scratch) {
   expect_loops(f);
+  const Array in = tensor(x, "x", f.size(), false);
   const int64_t s = f.statistics();
-  call(&Backend::moments,
-       MomentsArgs{f, tensor(x, "x", f.size(), false), mask_of(mask, f), center, statistics(count, "count", s, true),
-                   statistics(mean, "mean", s, true), statistics(m2, "m2", s, true)});
+  call(in, &Backend::moments,
+       MomentsArgs{f, in, mask_of(mask, f, in), center, statistics(count, "count", s, true, in),
+                   statistics(mean, "mean", s, true, in), statistics(m2, "m2", s, true, in),
+                   queue_of(in, f, stream, scratch)});
 }
 
 void merge(int64_t before, int64_t axis, int64_t after, py::handle count, py::handle mean, py::handle m2,
-           py::handle merged_count, py::handle merged_mean, py::handle merged_m2) {
+           py::handle merged_count, py::handle merged_mean, py::handle merged_m2, uintptr_t stream) {
   expect(before >= 0 && axis >= 0 && after >= 0, "sizes must not be negative");
   const int64_t from = before * axis * after, to = before * after;
-  call(&Backend::merge,
-       MergeArgs{before, axis, after, statistics(count, "count", from, false), statistics(mean, "mean", from, false),
-                 statistics(m2, "m2", from, false), statistics(merged_count, "merged_count", to, true),
-                 statistics(merged_mean, "merged_mean", to, true), statistics(merged_m2, "merged_m2", to, true)});
+  const Array in = tensor(count, "count", from, false);
+  call(in, &Backend::merge,
+       MergeArgs{before, axis, after, statistics(count, "count", from, false, in),
+                 statistics(mean, "mean", from, false, in), statistics(m2, "m2", from, false, in),
+                 statistics(merged_count, "merged_count", to, true, in),
+                 statistics(merged_mean, "merged_mean", to, true, in), statistics(merged_m2, "merged_m2", to, true, in),
+                 Queue{in.device, reinterpret_cast<void*>(stream)}});
 }
 
 void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py::handle weight, py::handle bias,
-               py::handle residual, int activation, double slope, py::handle y) {
+               py::handle residual, int activation, double slope, py::handle y, uintptr_t stream, py::handle scratch) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
-  const Vector w(weight, "weight", f.channels()), b(bias, "bias", f.channels());
+  const Vector w(weight, "weight", f.channels(), in), b(bias, "bias", f.channels(), in);
   const int64_t s = f.statistics();
-  call(&Backend::normalize,
-       NormalizeArgs{f, in, statistics(mean, "mean", s, false), statistics(rstd, "rstd", s, false), w.array(),
+  call(in, &Backend::normalize,
+       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in), statistics(rstd, "rstd", s, false, in), w.array(),
                      b.array(), epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                     tensor(y, "out", f.size(), true, &in)});
+                     tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
 }
 
 void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py::handle running_mean,
              py::handle running_var, py::handle residual, py::handle mask, py::handle y, py::handle mean,
-             py::handle rstd, bool training, double momentum, int64_t counted, double eps, int activation,
-             double slope) {
+             py::handle rstd, bool training, double momentum, int64_t counted, double eps, int activation, double slope,
+             uintptr_t stream, py::handle scratch) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
   const int64_t c = f.channels(), s = f.statistics();
   expect(c == f.groups, "running statistics go with one channel per group");
-  const Vector rm(running_mean, "running_mean", c, training), rv(running_var, "running_var", c, training);
-  const Vector w(weight, "weight", c), b(bias, "bias", c);
+  const Vector rm(running_mean, "running_mean", c, in, training), rv(running_var, "running_var", c, in, training);
+  const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   expect(bool(rm.array()) == bool(rv.array()), "running_mean and running_var go together");
   expect(training || rm.array(), "running statistics are missing in evaluation");
   expect(!training || f.size() == 0 || !rm.array() || f.per_statistic() > 1,
@@ -232,13 +287,13 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
     expect_apart(rv, "running_var", w, "weight");
     expect_apart(rv, "running_var", b, "bias");
   }
-  double *m = statistics(mean, "mean", s, true), *r = statistics(rstd, "rstd", s, true);
+  double *m = statistics(mean, "mean", s, true, in), *r = statistics(rstd, "rstd", s, true, in);
   expect(m && r, "mean and rstd must be given");
-  call(&Backend::forward,
+  call(in, &Backend::forward,
        ForwardArgs{f, in, w.array(), b.array(),
-                   epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)), mask_of(mask, f),
-                   eps, training, RunningArgs{rm.array(), rv.array(), momentum, counted}, m, r,
-                   tensor(y, "out", f.size(), true, &in)});
+                   epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                   mask_of(mask, f, in), eps, training, RunningArgs{rm.array(), rv.array(), momentum, counted}, m, r,
+                   tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
   if (training) {
     rm.write_back();
     rv.write_back();
@@ -247,64 +302,78 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
 
 void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
               py::handle bias, py::handle residual, py::handle mask, bool constant, int activation, double slope,
-              py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias) {
+              py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, uintptr_t stream,
+              py::handle scratch) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
   const int64_t c = f.channels(), s = f.statistics();
-  const Vector w(weight, "weight", c), b(bias, "bias", c), dw(dweight, "dweight", c, true), db(dbias, "dbias", c, true);
-  const double *m = statistics(mean, "mean", s, false), *r = statistics(rstd, "rstd", s, false);
+  const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
+      db(dbias, "dbias", c, in, true);
+  const double *m = statistics(mean, "mean", s, false, in), *r = statistics(rstd, "rstd", s, false, in);
   expect(m && r && dw.array() && db.array(), "mean, rstd, dweight and dbias must be given");
-  call(&Backend::backward, BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
-                                        epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                                        mask_of(mask, f), constant, tensor(dx, "out", f.size(), true, &in),
-                                        tensor(dresidual, "dresidual", f.size(), true, &in), dw.array(), db.array()});
+  call(in, &Backend::backward,
+       BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
+                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                    mask_of(mask, f, in), constant, tensor(dx, "out", f.size(), true, &in),
+                    tensor(dresidual, "dresidual", f.size(), true, &in), dw.array(), db.array(),
+                    queue_of(in, f, stream, scratch)});
   dw.write_back();
   db.write_back();
 }
 
 void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
                py::handle bias, py::handle residual, int activation, double slope, py::handle s1, py::handle s2,
-               py::handle dweight, py::handle dbias) {
+               py::handle dweight, py::handle dbias, uintptr_t stream, py::handle scratch) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
   const int64_t c = f.channels(), s = f.statistics();
-  const Vector w(weight, "weight", c), b(bias, "bias", c), dw(dweight, "dweight", c, true), db(dbias, "dbias", c, true);
-  call(&Backend::grad_sums,
-       GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false),
-                    statistics(rstd, "rstd", s, false), w.array(), b.array(),
+  const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
+      db(dbias, "dbias", c, in, true);
+  call(in, &Backend::grad_sums,
+       GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false, in),
+                    statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                    statistics(s1, "s1", s, true), statistics(s2, "s2", s, true), dw.array(), db.array()});
+                    statistics(s1, "s1", s, true, in), statistics(s2, "s2", s, true, in), dw.array(), db.array(),
+                    queue_of(in, f, stream, scratch)});
   dw.write_back();
   db.write_back();
 }
 
 void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
                 py::handle bias, py::handle residual, int activation, double slope, py::handle cx, py::handle c0,
-                py::handle mask, py::handle dx, py::handle dresidual) {
+                py::handle mask, py::handle dx, py::handle dresidual, uintptr_t stream, py::handle scratch) {
   expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
   const int64_t c = f.channels(), s = f.statistics();
-  const Vector w(weight, "weight", c), b(bias, "bias", c);
-  call(&Backend::grad_input,
-       GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false),
-                     statistics(rstd, "rstd", s, false), w.array(), b.array(),
+  const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
+  call(in, &Backend::grad_input,
+       GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false, in),
+                     statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                     statistics(cx, "cx", s, false), statistics(c0, "c0", s, false), mask_of(mask, f),
-                     tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in)});
+                     statistics(cx, "cx", s, false, in), statistics(c0, "c0", s, false, in), mask_of(mask, f, in),
+                     tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in),
+                     queue_of(in, f, stream, scratch)});
 }
 
-void copy(py::handle to, py::handle from) {
-  const py::array target = as_array(to, "to"), source = as_array(from, "from");
-  const Array t = tensor(target, "to", target.size(), true), f = tensor(source, "from", source.size(), false);
+void copy(py::handle to, py::handle from, uintptr_t stream) {
+  const View target = view_of(to, "to"), source = view_of(from, "from");
+  const Array x = tensor(from, "from", source.size(), false), y = tensor(to, "to", target.size(), true);
+  expect_device("to", y.device, x);
   expect(target.nbytes() == source.nbytes(), "copy needs arrays of as many bytes");
-  call(&Backend::copy, CopyArgs{t.data, f.data, target.nbytes()});
+  call(x, &Backend::copy, CopyArgs{y.data, x.data, target.nbytes(), {x.device, reinterpret_cast<void*>(stream)}});
 }
 
 // Whether the extent of `out` meets none of the others' (None: not given). What is no array is told by whoever reads it.
-bool apart(const py::array& out, const py::tuple& others) {
-  const Extent written(out);
+bool apart(py::handle out, const py::tuple& others) {
+  const auto extent = [](py::handle h) {
+    if (py::isinstance<py::array>(h)) return Extent(py::reinterpret_borrow<py::array>(h));
+    const bool of_a_gpu =
+        cuda::backend() && py::hasattr(h, "__cuda_array_interface__") && py::hasattr(h.attr("data"), "ptr");
+    return of_a_gpu ? Extent(view_of(h, "array")) : Extent();
+  };
+  const Extent written = extent(out);
   for (py::handle h : others)
-    if (py::isinstance<py::array>(h) && written.meets(Extent(py::reinterpret_borrow<py::array>(h)))) return false;
+    if (written.meets(extent(h))) return false;
   return true;
 }
 
@@ -379,24 +448,36 @@ PYBIND11_MODULE(_C, m) {
   m.attr("POOL_BYTES") = cpu::kPoolBytes;
 
   using py::arg;
-  m.def("moments", &moments, arg("fold"), arg("x"), arg("mask"), arg("center"), arg("count"), arg("mean"), arg("m2"));
+  m.def("moments", &moments, arg("fold"), arg("x"), arg("mask"), arg("center"), arg("count"), arg("mean"), arg("m2"),
+        arg("stream") = 0, arg("scratch") = py::none());
   m.def("merge", &merge, arg("before"), arg("axis"), arg("after"), arg("count"), arg("mean"), arg("m2"),
-        arg("merged_count"), arg("merged_mean"), arg("merged_m2"));
+        arg("merged_count"), arg("merged_mean"), arg("merged_m2"), arg("stream") = 0);
   m.def("normalize", &normalize, arg("fold"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
-        arg("residual"), arg("activation"), arg("slope"), arg("y"));
+        arg("residual"), arg("activation"), arg("slope"), arg("y"), arg("stream") = 0, arg("scratch") = py::none());
   m.def("forward", &forward, arg("fold"), arg("x"), arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"),
         arg("residual"), arg("mask"), arg("y"), arg("mean"), arg("rstd"), arg("training"), arg("momentum"),
-        arg("counted"), arg("eps"), arg("activation"), arg("slope"));
+        arg("counted"), arg("eps"), arg("activation"), arg("slope"), arg("stream") = 0, arg("scratch") = py::none());
   m.def("backward", &backward, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
         arg("residual"), arg("mask"), arg("constant"), arg("activation"), arg("slope"), arg("dx"), arg("dresidual"),
-        arg("dweight"), arg("dbias"));
+        arg("dweight"), arg("dbias"), arg("stream") = 0, arg("scratch") = py::none());
   m.def("grad_sums", &grad_sums, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
-        arg("residual"), arg("activation"), arg("slope"), arg("s1"), arg("s2"), arg("dweight"), arg("dbias"));
+        arg("residual"), arg("activation"), arg("slope"), arg("s1"), arg("s2"), arg("dweight"), arg("dbias"),
+        arg("stream") = 0, arg("scratch") = py::none());
   m.def("grad_input", &grad_input, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"),
         arg("bias"), arg("residual"), arg("activation"), arg("slope"), arg("cx"), arg("c0"), arg("mask"), arg("dx"),
-        arg("dresidual"));
+        arg("dresidual"), arg("stream") = 0, arg("scratch") = py::none());
 
-  m.def("copy", &copy, arg("to"), arg("from"));
+  m.def("copy", &copy, arg("to"), arg("from"), arg("stream") = 0);
+  m.def(
+      "scratch_bytes",
+      [](const Fold& f, py::handle x) {  // x may be a larger tensor than the fold's
+        const Array all = tensor(x, "x", view_of(x, "x").size(), false);
+        return scratch_bytes(f, all);
+      },
+      arg("fold"), arg("x"));
+  m.def("cuda_built", [] { return cuda::backend() != nullptr; });
+  m.def("cuda_devices", &cuda::devices);
+  m.def("capturing", [](uintptr_t stream) { return cuda::capturing(reinterpret_cast<void*>(stream)); }, arg("stream"));
   m.def("apart", &apart, arg("out"), arg("others"));
 
   m.def("build_info", &build_info);

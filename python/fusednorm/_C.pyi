@@ -32,7 +32,17 @@ class PoolMemory:
     def __init__(self, bytes: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-def moments(fold: Fold, x: _Array, mask: _Optional, center: bool, count: _Array, mean: _Array, m2: _Array) -> None: ...
+def moments(
+    fold: Fold,
+    x: _Array,
+    mask: _Optional,
+    center: bool,
+    count: _Array,
+    mean: _Array,
+    m2: _Array,
+    stream: int = 0,
+    scratch: _Optional = None,
+) -> None: ...
 def merge(
     before: int,
     axis: int,
@@ -43,6 +53,7 @@ def merge(
     merged_count: _Array,
     merged_mean: _Array,
     merged_m2: _Array,
+    stream: int = 0,
 ) -> None: ...
 def normalize(
     fold: Fold,
@@ -55,6 +66,8 @@ def normalize(
     activation: int,
     slope: float,
     y: _Array,
+    stream: int = 0,
+    scratch: _Optional = None,
 ) -> None: ...
 def forward(
     fold: Fold,
@@ -74,6 +87,8 @@ def forward(
     eps: float,
     activation: int,
     slope: float,
+    stream: int = 0,
+    scratch: _Optional = None,
 ) -> None: ...
 def backward(
     fold: Fold,
@@ -92,6 +107,8 @@ def backward(
     dresidual: _Optional,
     dweight: _Array,
     dbias: _Array,
+    stream: int = 0,
+    scratch: _Optional = None,
 ) -> None: ...
 def grad_sums(
     fold: Fold,
@@ -108,6 +125,8 @@ def grad_sums(
     s2: _Array,
     dweight: _Array,
     dbias: _Array,
+    stream: int = 0,
+    scratch: _Optional = None,
 ) -> None: ...
 def grad_input(
     fold: Fold,
@@ -125,8 +144,14 @@ def grad_input(
     mask: _Optional,
     dx: _Array,
     dresidual: _Optional,
+    stream: int = 0,
+    scratch: _Optional = None,
 ) -> None: ...
-def copy(to: _Array, from_: _Array) -> None: ...
+def copy(to: _Array, from_: _Array, stream: int = 0) -> None: ...
+def scratch_bytes(fold: Fold, x: _Array) -> int: ...
+def cuda_built() -> bool: ...
+def cuda_devices() -> int: ...
+def capturing(stream: int) -> bool: ...
 def apart(out: _Array, others: tuple[Any, ...]) -> bool: ...
 def build_info() -> dict[str, Any]: ...
 def select_isa(name: str) -> None: ...

@@ -1,31 +1,97 @@
-"""Array kinds: which are taken, and how outputs are allocated like them.
+"""Array kinds: which are taken, where they lie, and how outputs are allocated like them.
 
-NumPy arrays are taken. Where another kind arrives, the error names what is taken.
+NumPy arrays and CuPy arrays are taken, and what has `__cuda_array_interface__` as a CuPy array over the same memory.
+Where another kind arrives, the error names these. CuPy is imported when the first such array comes, never before.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from fusednorm import _C
 
+# NumPy's, or CuPy's, which behaves alike where it is used here.
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _POOL_BYTES = _C.POOL_BYTES
 
 
 def taken(x: object, name: str) -> Array:
-    """`x` as a plain ndarray; TypeError for anything that is not a NumPy array."""
+    """`x` as a plain NumPy or CuPy array; TypeError for anything else."""
     if type(x) is np.ndarray:
         return x
     if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):
         return x.view(np.ndarray)
     kind = "a masked array" if isinstance(x, np.ma.MaskedArray) else f"{type(x).__module__}.{type(x).__qualname__}"
-    raise TypeError(f"{name} must be a NumPy array, not {kind.removeprefix('builtins.')}")
+    kind = kind.removeprefix("builtins.")
+    if _is_of_a_gpu(x):
+        if not _C.cuda_built():
+            state = _C.build_info()["cuda"]
+            raise TypeError(f"{name} is an array of a GPU ({kind}), and CUDA is {state} in this fusednorm")
+        try:
+            cupy = import_module("cupy")
+        except ImportError:
+            raise TypeError(f"{name} is an array of a GPU ({kind}): for these CuPy must be installed") from None
+        return x if isinstance(x, cupy.ndarray) else cupy.asarray(x)  # type: ignore[no-any-return]
+    raise TypeError(f"{name} must be a NumPy or CuPy array, not {kind}")
+
+
+def _is_of_a_gpu(x: object) -> bool:
+    # Of some libraries all arrays have the attribute, and it raises for those of the CPU.
+    try:
+        return hasattr(x, "__cuda_array_interface__")
+    except Exception:
+        return False
+
+
+def namespace(x: Array) -> Any:
+    """The module that makes arrays like x: numpy or cupy."""
+    return np if isinstance(x, np.ndarray) else import_module("cupy")
+
+
+def device(x: Array) -> str:
+    """Where x lies: "cpu" or, for example, "cuda:0"."""
+    return "cpu" if isinstance(x, np.ndarray) else f"cuda:{x.device.id}"
+
+
+def expect_beside(a: Array, name: str, x: Array) -> None:
+    """TypeError where `a` is not on x's device."""
+    if type(a) is np.ndarray and type(x) is np.ndarray:
+        return
+    if type(a) is not type(x) or device(a) != device(x):
+        raise TypeError(f"{name} is on {device(a)}, x on {device(x)}")
+
+
+# What recorded graphs of kernel launches use, until `release`: their replays read and write it.
+_recorded: list[tuple[object, ...]] = []
+
+
+def launched(queue: tuple[int, Array | None], *used: object) -> None:
+    """To be called after a verb: keeps `used` alive where the verb was recorded into a CUDA graph."""
+    if queue[1] is not None and _C.capturing(queue[0]):
+        _recorded.append((queue[1], *used))
+
+
+def release() -> None:
+    """Lets go of what recorded graphs use."""
+    _recorded.clear()
+
+
+CPU: tuple[int, Array | None] = (0, None)
+
+
+def queue(x: Array, folded: _C.Fold) -> tuple[int, Array | None]:
+    """What a verb over x needs to be launched: the caller's current stream and scratch memory. Nothing on the CPU."""
+    if isinstance(x, np.ndarray):
+        return CPU
+    cupy = import_module("cupy")
+    with x.device:
+        return cupy.cuda.get_current_stream().ptr, cupy.empty(_C.scratch_bytes(folded, x), np.uint8)
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
@@ -33,24 +99,46 @@ def is_floating(dtype: np.dtype[Any]) -> bool:
     return (dtype.kind == "f" and dtype.itemsize <= 8) or dtype.name == "bfloat16"
 
 
-def empty(shape: Sequence[int], dtype: np.dtype[Any], strides: Sequence[int] | None = None) -> Array:
-    """An uninitialized dense array; large ones lie in the output pool."""
+def empty(
+    shape: Sequence[int], dtype: np.dtype[Any], strides: Sequence[int] | None = None, *, beside: Array | None = None
+) -> Array:
+    """An uninitialized dense array on the device of `beside`; large ones of the CPU lie in the output pool."""
     size = math.prod(shape) * dtype.itemsize
+    if beside is not None and not isinstance(beside, np.ndarray):
+        cupy = import_module("cupy")
+        with beside.device:
+            memory = None if strides is None else cupy.cuda.alloc(size)
+            return cupy.ndarray(tuple(shape), dtype, memory, strides)
     if size < _POOL_BYTES and strides is None:
         return np.empty(shape, dtype)
     return np.ndarray(shape, dtype, memoryview(_C.PoolMemory(size)), 0, strides)
 
 
+def statistics(x: Array, n: int) -> tuple[Array, Array]:
+    """Two uninitialized float64 arrays of n numbers, on x's device."""
+    if isinstance(x, np.ndarray):
+        return np.empty(n), np.empty(n)
+    mean, rstd = empty((2, n), np.dtype(np.float64), beside=x)
+    return mean, rstd
+
+
 def empty_like(x: Array) -> Array:
-    """An uninitialized array with the shape, dtype and axis order of the dense array `x`."""
+    """An uninitialized array with the shape, dtype, axis order and device of the dense array `x`."""
+    if not isinstance(x, np.ndarray):
+        with x.device:
+            return import_module("cupy").empty_like(x)
     if x.nbytes < _POOL_BYTES:
         return np.empty_like(x)
     return np.ndarray(x.shape, x.dtype, memoryview(_C.PoolMemory(x.nbytes)), 0, x.strides)
 
 
 def is_plain(x: Array) -> bool:
-    """Aligned and in this machine's byte order."""
-    return x.flags.aligned and x.dtype.isnative
+    """Aligned and in this machine's byte order, as all arrays of a GPU are."""
+    return not isinstance(x, np.ndarray) or (x.flags.aligned and x.dtype.isnative)
+
+
+def is_writeable(x: Array) -> bool:
+    return not isinstance(x, np.ndarray) or x.flags.writeable
 
 
 def laid_out_like(x: Array, like: Array) -> Array:
@@ -63,7 +151,10 @@ def laid_out_like(x: Array, like: Array) -> Array:
 
 
 def overlaps(a: Array, b: Array) -> bool:
-    """Whether `a` and `b` share an element's memory without being the same elements one by one."""
+    """Whether `a` and `b`, whose extents meet, share memory without being the same elements one by one. On a GPU the
+    extents decide."""
+    if not isinstance(a, np.ndarray):
+        return not (a.data.ptr == b.data.ptr and a.strides == b.strides and a.shape == b.shape)
     if not np.may_share_memory(a, b):
         return False
     same = a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape

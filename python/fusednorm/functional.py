@@ -109,14 +109,14 @@ def _dense(x: Array, axis: int, ghost: int | None) -> tuple[Array, _Layout]:
     if ghost is not None:
         _ghost(ghost)
     layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
-    if layout is None or not x.flags.aligned:
-        copy = arrays.empty(x.shape, x.dtype.newbyteorder("="))
+    if layout is None or not arrays.is_plain(x):
+        copy = arrays.empty(x.shape, x.dtype.newbyteorder("="), beside=x)
         copy[...] = x
         x = copy
         layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
         if layout is None:  # samples are not the slowest axis in C order
             order = (1, 0, *range(2, x.ndim))
-            x = np.ascontiguousarray(x.transpose(order)).transpose(order)
+            x = arrays.namespace(x).ascontiguousarray(x.transpose(order)).transpose(order)
             layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
             assert layout is not None
     return x, layout
@@ -125,6 +125,7 @@ def _dense(x: Array, axis: int, ghost: int | None) -> tuple[Array, _Layout]:
 def _alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
     """An operand with x's shape and dtype, in memory like `laid_out`."""
     a = arrays.taken(a, name)
+    arrays.expect_beside(a, name, x)
     if a.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {a.shape}")
     if a.dtype.newbyteorder("=") != laid_out.dtype:
@@ -135,27 +136,28 @@ def _alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
 def _positions(mask: object, x: Array, axis: int) -> Array:
     """The mask of x's positions, flat, in the order in which the dense array `x` holds them."""
     mask = arrays.taken(mask, "mask")
+    arrays.expect_beside(mask, "mask", x)
     expected = x.shape[: axis % x.ndim] + x.shape[axis % x.ndim + 1 :]
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be boolean, not {mask.dtype}")
     if mask.shape != expected:
         raise ValueError(f"mask must have x's shape without axis {axis}, {expected}, got {mask.shape}")
     order = fold.memory_order(x.shape, x.strides, x.itemsize) or ()
-    full = np.expand_dims(mask, axis % x.ndim)
-    return np.ascontiguousarray(full.transpose((*order, *(a for a in range(x.ndim) if a not in order)))).ravel()
+    full: Array = mask[(*(slice(None),) * (axis % x.ndim), None)]
+    return full.transpose((*order, *(a for a in range(x.ndim) if a not in order))).ravel()
 
 
 def _output(out: Array | None, x: Array, laid_out: Array, inputs: tuple[Array | None, ...]) -> Array:
     """Where the kernel writes: `out` itself if it lies right, else a fresh array that `_deliver` copies from."""
     if out is None:
         return arrays.empty_like(laid_out)
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a NumPy array, not {type(out).__name__}")
+    out = arrays.taken(out, "out")
+    arrays.expect_beside(out, "out", x)
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
     if out.dtype.newbyteorder("=") != laid_out.dtype:
         raise TypeError(f"out must have x's dtype {x.dtype}, got {out.dtype}")
-    if not out.flags.writeable:
+    if not arrays.is_writeable(out):
         raise ValueError("out is read-only")
     if out.size and 0 in out.strides and any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True)):
         raise ValueError("out overlaps itself: one of its strides is 0")
@@ -211,30 +213,37 @@ def _forward(
     else:
         y = _output(out, given, x, (given, residual, weight, bias, running_mean, running_var))
     if layout.ghosts is None:
-        mean, rstd = np.empty(layout.channels), np.empty(layout.channels)
+        mean, rstd = arrays.statistics(x, layout.channels)
+        queue = arrays.queue(x, layout.fold)
         _C.forward(
             layout.fold, x, weight, bias, running_mean, running_var, residual, positions, y, mean, rstd,
-            training, momentum, counted, eps, code, slope,
+            training, momentum, counted, eps, code, slope, *queue,
         )  # fmt: skip
+        if queue is not arrays.CPU:
+            arrays.launched(queue, y, mean, rstd, positions)
         return y if out is None else _deliver(y, out), mean, rstd
 
-    mean, rstd = np.empty((2, layout.ghosts, layout.channels))
+    mean, rstd = arrays.empty((2, layout.ghosts, layout.channels), _FLOAT64, beside=x)
     if not training:  # the running statistics serve every ghost batch alike
         if layout.ghosts:
             whole = fold.batch(x.shape, fold.memory_order(x.shape, x.strides, x.itemsize) or (), axis % x.ndim)
+            queue = arrays.queue(x, whole)
             _C.forward(
                 whole, x, weight, bias, running_mean, running_var, residual, None, y, mean[0], rstd[0],
-                False, momentum, counted, eps, code, slope,
+                False, momentum, counted, eps, code, slope, *queue,
             )  # fmt: skip
+            arrays.launched(queue, y, mean, rstd)
             mean[1:], rstd[1:] = mean[:1], rstd[:1]
         return _deliver(y, out), mean, rstd
     for part, fold_of_part, statistics in _parts(layout):
+        queue = arrays.queue(x, fold_of_part)
         _C.forward(
             fold_of_part, x[part], weight, bias, running_mean, running_var,
             None if residual is None else residual[part], _part_of(positions, part, x), y[part],
             mean[statistics], rstd[statistics],
-            training, momentum, counted if counted < 0 else counted + statistics.start, eps, code, slope,
+            training, momentum, counted if counted < 0 else counted + statistics.start, eps, code, slope, *queue,
         )  # fmt: skip
+        arrays.launched(queue, y, mean, rstd, positions)
     return _deliver(y, out), mean, rstd
 
 
@@ -350,12 +359,13 @@ def batch_norm(
     )[0]  # fmt: skip
 
 
-def _statistics(a: object, name: str, shape: tuple[int, ...]) -> Array:
+def _statistics(a: object, name: str, shape: tuple[int, ...], x: Array) -> Array:
     a = arrays.taken(a, name)
+    arrays.expect_beside(a, name, x)
     if a.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {a.shape}")
     _floating(name, a.dtype)
-    return np.ascontiguousarray(a, np.float64)
+    return arrays.namespace(a).ascontiguousarray(a, np.float64)  # type: ignore[no-any-return]
 
 
 def batch_norm_backward(
@@ -407,30 +417,37 @@ def batch_norm_backward(
     x, layout = _dense(given, axis, ghost_batch_size)
     dy = _alike(dy, "dy", given, x)
     shape = (layout.channels,) if layout.ghosts is None else (layout.ghosts, layout.channels)
-    mean, rstd = _statistics(mean, "mean", shape), _statistics(rstd, "rstd", shape)
+    mean, rstd = _statistics(mean, "mean", shape, x), _statistics(rstd, "rstd", shape, x)
     if residual is not None:
         residual = _alike(residual, "residual", given, x)
     positions = None if mask is None else _positions(mask, x, axis)
     dx = _output(out, given, x, (given, dy, residual, weight, bias))
     dresidual = None if residual is None else arrays.empty_like(x)
     default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
-    dweight = np.empty(layout.channels, default if weight is None else arrays.taken(weight, "weight").dtype)
-    dbias = np.empty(layout.channels, default if bias is None else arrays.taken(bias, "bias").dtype)
+    like_weight = default if weight is None else arrays.taken(weight, "weight").dtype
+    like_bias = default if bias is None else arrays.taken(bias, "bias").dtype
+    dweight = arrays.empty((layout.channels,), like_weight, beside=x)
+    dbias = arrays.empty((layout.channels,), like_bias, beside=x)
     if layout.ghosts is None:
+        queue = arrays.queue(x, layout.fold)
         _C.backward(
             layout.fold, dy, x, mean, rstd, weight, bias, residual, positions, not training, code, slope,
-            dx, dresidual, dweight, dbias,
+            dx, dresidual, dweight, dbias, *queue,
         )  # fmt: skip
+        if queue is not arrays.CPU:
+            arrays.launched(queue, dx, dresidual, dweight, dbias, mean, rstd, positions)
     else:
         dweight[...], dbias[...] = 0, 0
-        sums = np.zeros((2, 2, layout.channels))
+        sums = arrays.namespace(x).zeros((2, 2, layout.channels))
         for i, (part, fold_of_part, statistics) in enumerate(_parts(layout)):
+            queue = arrays.queue(x, fold_of_part)
             _C.backward(
                 fold_of_part, dy[part], x[part], mean[statistics], rstd[statistics], weight, bias,
                 None if residual is None else residual[part], _part_of(positions, part, x), not training, code, slope,
                 dx[part],
-                None if dresidual is None else dresidual[part], sums[i, 0], sums[i, 1],
+                None if dresidual is None else dresidual[part], sums[i, 0], sums[i, 1], *queue,
             )  # fmt: skip
+            arrays.launched(queue, dx, dresidual, sums, mean, rstd, positions)
         dweight[...], dbias[...] = sums[0] + sums[1]
     dx = _deliver(dx, out)
     return (dx, dweight, dbias) if dresidual is None else (dx, dweight, dbias, dresidual)
@@ -446,7 +463,7 @@ def _kept_first(x: Array, reduced: frozenset[int]) -> tuple[Array, tuple[int, ..
     kept = tuple(a for a in range(x.ndim) if a not in reduced)
     axes = (*kept, *sorted(reduced))
     moved = x.transpose(axes)
-    x = arrays.empty(moved.shape, x.dtype.newbyteorder("="))
+    x = arrays.empty(moved.shape, x.dtype.newbyteorder("="), beside=x)
     x[...] = moved
     s, n = math.prod(x.shape[: len(kept)]), math.prod(x.shape[len(kept) :])
     return x, axes, fold.Fold(1, 1, s, n, n), kept
@@ -470,15 +487,18 @@ def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, 
     reduced = _axes(axes, x.ndim)
     shape = x.shape
     dense, _, folded, kept = _kept_first(x, reduced)
-    count, mean, m2 = np.empty((3, folded.statistics))
-    _C.moments(folded, dense, None, True, count, mean, m2)
+    count, mean, m2 = arrays.empty((3, folded.statistics), _FLOAT64, beside=x)
+    queue = arrays.queue(dense, folded)
+    _C.moments(folded, dense, None, True, count, mean, m2, *queue)
+    arrays.launched(queue, dense, count, mean, m2)
     # From the fold's order of the kept axes to x's; axes of length 1 lie anywhere.
     full = tuple(a for a in range(x.ndim) if a not in kept)
-    inverse = np.argsort((*kept, *full))
+    xp = arrays.namespace(x)
+    inverse = tuple(np.argsort((*kept, *full)).tolist())
 
     def shaped(a: Array) -> Array:
         lying = a.reshape(tuple(shape[k] for k in kept) + (1,) * len(full))
-        return np.ascontiguousarray(lying.transpose(inverse))
+        return xp.ascontiguousarray(lying.transpose(inverse))  # type: ignore[no-any-return]
 
     n = 1
     for a in reduced:
@@ -508,9 +528,9 @@ def moments(
     """
     n, mean, m2, reduced = _moments(x, axes)
     divisor = n - correction
-    variance = m2 / divisor if divisor > 0 else np.full_like(m2, np.nan)
+    variance = m2 / divisor if divisor > 0 else arrays.namespace(m2).full_like(m2, np.nan)
     if n == 0:
-        mean = np.full_like(mean, np.nan)
+        mean = arrays.namespace(mean).full_like(mean, np.nan)
     if not keepdims:
         mean, variance = mean.squeeze(tuple(reduced)), variance.squeeze(tuple(reduced))
     return mean, variance
@@ -535,7 +555,9 @@ def batch_normalization(
     named = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
     given = {name: arrays.taken(a, name) for name, a in named.items() if a is not None or name in ("mean", "variance")}
     _floating("x", x.dtype)
+    xp = arrays.namespace(x)
     for name, a in given.items():
+        arrays.expect_beside(a, name, x)
         _floating(name, a.dtype)
         if a.ndim > x.ndim or any(n not in (1, m) for n, m in zip(a.shape[::-1], x.shape[::-1], strict=False)):
             raise ValueError(f"{name} of shape {a.shape} does not broadcast to x's shape {x.shape}")
@@ -546,18 +568,21 @@ def batch_normalization(
     def flat(name: str) -> Array | None:
         if name not in given:
             return None
-        a = np.broadcast_to(given[name].astype(np.float64), union).transpose(*kept, *(set(range(x.ndim)) - set(kept)))
-        return np.ascontiguousarray(a).reshape(folded.batch, folded.groups)
+        a = xp.broadcast_to(given[name].astype(np.float64), union).transpose(*kept, *(set(range(x.ndim)) - set(kept)))
+        dense_a: Array = xp.ascontiguousarray(a)
+        return dense_a.reshape(folded.batch, folded.groups)
 
     m, v, b, w = (flat(name) for name in named)
     assert m is not None
     assert v is not None
-    r = 1 / np.sqrt(v + variance_epsilon)
+    r = 1 / xp.sqrt(v + variance_epsilon)
     y = arrays.empty_like(dense)
     # One channel a group: each batch entry, which has parameters of its own, is a call.
     one = fold.Fold(1, folded.outer, folded.groups, folded.inner, folded.span)
     entries = zip(dense.ravel("K").reshape(folded.batch, -1), y.ravel("K").reshape(folded.batch, -1), strict=True)
     for i, (x_entry, y_entry) in enumerate(entries):
         wi, bi = None if w is None else w[i], None if b is None else b[i]
-        _C.normalize(one, x_entry, m[i], r[i], wi, bi, None, 0, 0.0, y_entry)
-    return y if dense is x else np.ascontiguousarray(y.transpose(np.argsort(axes)))
+        queue = arrays.queue(x_entry, one)
+        _C.normalize(one, x_entry, m[i], r[i], wi, bi, None, 0, 0.0, y_entry, *queue)
+        arrays.launched(queue, x_entry, y_entry, m, r, wi, bi)
+    return y if dense is x else xp.ascontiguousarray(y.transpose(tuple(np.argsort(axes).tolist())))

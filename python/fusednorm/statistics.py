@@ -57,7 +57,8 @@ class Moments:
             raise ValueError(f"moments of shape {other.mean.shape} do not merge into shape {self.mean.shape}")
         both = [np.stack((a, b)) for a, b in ((self.count, other.count), (self.mean, other.mean), (self.m2, other.m2))]
         into = [np.empty(self.mean.shape) for _ in both]
-        _C.merge(1, 2, self.mean.size, *both, *into)
+        (count, mean, m2), (merged_count, merged_mean, merged_m2) = both, into
+        _C.merge(1, 2, self.mean.size, count, mean, m2, merged_count, merged_mean, merged_m2)
         self.count, self.mean, self.m2 = into
         return self
 
