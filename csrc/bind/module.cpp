@@ -50,17 +50,22 @@ struct View : py::array {
 
 std::string shown_device(int device) { return device == kCpu ? "cpu" : "cuda:" + std::to_string(device); }
 
+// CuPy's `data`, with the address and the device, or None: it costs less than the dictionary that every array of a GPU
+// offers.
+py::object device_data(py::handle h) {
+  if (!py::hasattr(py::type::of(h), "__cuda_array_interface__") || !py::hasattr(h, "data")) return py::none();
+  py::object data = h.attr("data");
+  return py::hasattr(data, "ptr") ? data : py::none();
+}
+
 View view_of(py::handle h, const char* name) {
   const auto type = reinterpret_cast<PyObject*>(Py_TYPE(h.ptr()));
   // A masked array is an ndarray, but its mask would be ignored.
   if (type == reinterpret_cast<PyObject*>(py::detail::npy_api::get().PyArray_Type_) ||
       (py::isinstance<py::array>(h) && !py::hasattr(h, "_mask")))
     return {py::reinterpret_borrow<py::array>(h), kCpu};
-  // CuPy's pointer costs less than the dictionary of __cuda_array_interface__.
-  const py::object data = py::hasattr(py::type::of(h), "__cuda_array_interface__") && py::hasattr(h, "data")
-                              ? py::object(h.attr("data"))
-                              : py::none();
-  if (!py::hasattr(data, "ptr"))
+  const py::object data = device_data(h);
+  if (data.is_none())
     type_error(std::string(name) + " must be a NumPy or CuPy array, not " + shown(py::handle(type).attr("__name__")));
   if (!cuda::backend())
     type_error(std::string(name) + " is an array of a GPU, and CUDA is " + cuda::state() + " in this fusednorm");
@@ -367,9 +372,7 @@ void copy(py::handle to, py::handle from, uintptr_t stream) {
 bool apart(py::handle out, const py::tuple& others) {
   const auto extent = [](py::handle h) {
     if (py::isinstance<py::array>(h)) return Extent(py::reinterpret_borrow<py::array>(h));
-    const bool of_a_gpu =
-        cuda::backend() && py::hasattr(h, "__cuda_array_interface__") && py::hasattr(h.attr("data"), "ptr");
-    return of_a_gpu ? Extent(view_of(h, "array")) : Extent();
+    return cuda::backend() && !device_data(h).is_none() ? Extent(view_of(h, "array")) : Extent();
   };
   const Extent written = extent(out);
   for (py::handle h : others)

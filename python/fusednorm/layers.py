@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusednorm import _C, functional
+from fusednorm import functional
 from fusednorm.arrays import Array, is_floating
 from fusednorm.functional import Activation
 
@@ -31,7 +31,9 @@ def _on_cpu(device: str) -> str:
     if device == "cpu":
         return device
     if device.split(":")[0] == "cuda":
-        raise RuntimeError(f"device {device!r} is not to be had: CUDA kernels {_C.build_info()['cuda']}")
+        raise RuntimeError(
+            f"device {device!r} is not to be had: layers are on the CPU only; functions take CuPy arrays"
+        )
     raise ValueError(f'device must be "cpu" or "cuda:0", "cuda:1", …, not {device!r}')
 
 
