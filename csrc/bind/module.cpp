@@ -68,7 +68,7 @@ View view_of(py::handle h, const char* name) {
   if (data.is_none())
     type_error(std::string(name) + " must be a NumPy or CuPy array, not " + shown(py::handle(type).attr("__name__")));
   if (!cuda::backend())
-    type_error(std::string(name) + " is an array of a GPU, and CUDA is " + cuda::state() + " in this fusednorm");
+    type_error(std::string(name) + " is an array of a GPU, and in this fusednorm CUDA is " + cuda::state());
   const auto shape = h.attr("shape").cast<std::vector<py::ssize_t>>();
   const auto strides = h.attr("strides").cast<std::vector<py::ssize_t>>();
   const auto pointer = reinterpret_cast<void*>(data.attr("ptr").cast<uintptr_t>());

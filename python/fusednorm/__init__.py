@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusednorm import _C, reference
+from fusednorm import _C, arrays, reference
 from fusednorm.functional import batch_norm, batch_norm_backward, batch_norm_forward, batch_normalization, moments
 from fusednorm.layers import BatchNorm
 from fusednorm.statistics import Moments
@@ -56,7 +56,12 @@ def get_num_threads() -> int:
 
 
 def empty_cache() -> int:
-    """Give the memory kept for coming outputs (1 GiB at most) back to the system; returns its bytes."""
+    """Give the memory kept for coming outputs on the CPU (1 GiB at most) back to the system; returns its bytes.
+
+    Lets go, too, of what calls recorded in CUDA graphs use besides their arguments (outputs, statistics, scratch
+    memory): such graphs must not be launched any more.
+    """
+    arrays.release()
     return int(_C.empty_cache())
 
 

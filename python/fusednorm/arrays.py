@@ -7,9 +7,12 @@ Where another kind arrives, the error names these. CuPy is imported when the fir
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,6 +22,8 @@ from fusednorm import _C
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _POOL_BYTES = _C.POOL_BYTES
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def taken(x: object, name: str) -> Array:
@@ -29,24 +34,37 @@ def taken(x: object, name: str) -> Array:
         return x.view(np.ndarray)
     kind = "a masked array" if isinstance(x, np.ma.MaskedArray) else f"{type(x).__module__}.{type(x).__qualname__}"
     kind = kind.removeprefix("builtins.")
-    if _is_of_a_gpu(x):
-        if not _C.cuda_built():
-            state = _C.build_info()["cuda"]
-            raise TypeError(f"{name} is an array of a GPU ({kind}), and CUDA is {state} in this fusednorm")
-        try:
-            cupy = import_module("cupy")
-        except ImportError:
-            raise TypeError(f"{name} is an array of a GPU ({kind}): for these CuPy must be installed") from None
+    if is_of_a_gpu(x):
+        missing = missing_for_cuda()
+        if missing:
+            raise TypeError(f"{name} is an array of a GPU ({kind}): {missing}")
+        cupy = import_module("cupy")
         return x if isinstance(x, cupy.ndarray) else cupy.asarray(x)  # type: ignore[no-any-return]
     raise TypeError(f"{name} must be a NumPy or CuPy array, not {kind}")
 
 
-def _is_of_a_gpu(x: object) -> bool:
+def is_of_a_gpu(x: object) -> bool:
     # Of some libraries all arrays have the attribute, and it raises for those of the CPU.
     try:
         return hasattr(x, "__cuda_array_interface__")
     except Exception:
         return False
+
+
+def missing_for_cuda() -> str:
+    """What arrays of a GPU lack here, in words; empty where they can be used."""
+    if not _C.cuda_built():
+        return f"in this fusednorm CUDA is {_C.build_info()['cuda']}"
+    try:
+        import_module("cupy")
+    except ImportError:
+        return "CuPy is not installed"
+    return ""
+
+
+def beside(a: Array | None, name: str, x: Array) -> Array | None:
+    """A parameter of x. Beside a NumPy x the verbs look at it themselves."""
+    return a if a is None or type(x) is np.ndarray else taken(a, name)
 
 
 def namespace(x: Array) -> Any:
@@ -57,6 +75,58 @@ def namespace(x: Array) -> Any:
 def device(x: Array) -> str:
     """Where x lies: "cpu" or, for example, "cuda:0"."""
     return "cpu" if isinstance(x, np.ndarray) else f"cuda:{x.device.id}"
+
+
+def checked_device(name: str) -> str:
+    """The name of a device in full: "cuda" is "cuda:0". RuntimeError where there is no such device."""
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not found:
+        raise ValueError(f'device must be "cpu", "cuda", "cuda:0", "cuda:1", …, not {name!r}')
+    if name == "cpu":
+        return name
+    missing, ordinal = missing_for_cuda(), int(found[1] or 0)
+    if not missing and ordinal >= _C.cuda_devices():
+        missing = f"there are {_C.cuda_devices()} GPUs" if _C.cuda_devices() else "no GPU was found"
+    if missing:
+        raise RuntimeError(f"device {name!r} is not to be had: {missing}")
+    return f"cuda:{ordinal}"
+
+
+def on(device: str) -> AbstractContextManager[Any]:
+    """Makes a device, "cpu" or "cuda:1", the current one."""
+    return nullcontext() if device == "cpu" else import_module("cupy").cuda.Device(int(device[5:]))
+
+
+def moved(a: Array, to: str) -> Array:
+    """`a` on a device, "cpu" or "cuda:1": itself where it is there, else a copy."""
+    if device(a) == to:
+        return a
+    if to == "cpu":
+        return a.get()  # type: ignore[attr-defined, no-any-return]
+    with on(to):
+        return import_module("cupy").asarray(a)  # type: ignore[no-any-return]
+
+
+def on_its_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function with the device of its first argument as the current one: CuPy computes on that."""
+    first = function.__code__.co_varnames[0]
+
+    @wraps(function)
+    def called(*args: _P.args, **named: _P.kwargs) -> _R:
+        x = args[0] if args else named.get(first)
+        if type(x) is np.ndarray:
+            return function(*args, **named)
+        with on(device(taken(x, first))):
+            return function(*args, **named)
+
+    return called
+
+
+def expect_on(place: str, x: object, owner: str) -> None:
+    """TypeError where x is on another device than `owner`, which is on `place`."""
+    found = device(taken(x, "x"))
+    if found != place:
+        raise TypeError(f"x is on {found}, the {owner} on {place}; its to({found!r}) moves it there")
 
 
 def expect_beside(a: Array, name: str, x: Array) -> None:

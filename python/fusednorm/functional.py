@@ -175,6 +175,7 @@ def _deliver(result: Array, out: Array | None) -> Array:
     return out
 
 
+@arrays.on_its_device
 def _forward(
     x: Array,
     weight: Array | None,
@@ -207,6 +208,9 @@ def _forward(
         raise ValueError("Expected running_mean and running_var to be defined when training=False")
     if residual is not None:
         residual = _alike(residual, "residual", given, x)
+    weight, bias = arrays.beside(weight, "weight", x), arrays.beside(bias, "bias", x)
+    running_mean = arrays.beside(running_mean, "running_mean", x)
+    running_var = arrays.beside(running_var, "running_var", x)
     positions = None if mask is None else _positions(mask, x, axis)
     if out is None and residual is None:
         y = arrays.empty_like(x)
@@ -368,6 +372,7 @@ def _statistics(a: object, name: str, shape: tuple[int, ...], x: Array) -> Array
     return arrays.namespace(a).ascontiguousarray(a, np.float64)  # type: ignore[no-any-return]
 
 
+@arrays.on_its_device
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -421,13 +426,13 @@ def batch_norm_backward(
     if residual is not None:
         residual = _alike(residual, "residual", given, x)
     positions = None if mask is None else _positions(mask, x, axis)
+    weight = None if weight is None else arrays.taken(weight, "weight")
+    bias = None if bias is None else arrays.taken(bias, "bias")
     dx = _output(out, given, x, (given, dy, residual, weight, bias))
     dresidual = None if residual is None else arrays.empty_like(x)
     default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
-    like_weight = default if weight is None else arrays.taken(weight, "weight").dtype
-    like_bias = default if bias is None else arrays.taken(bias, "bias").dtype
-    dweight = arrays.empty((layout.channels,), like_weight, beside=x)
-    dbias = arrays.empty((layout.channels,), like_bias, beside=x)
+    dweight = arrays.empty((layout.channels,), default if weight is None else weight.dtype, beside=x)
+    dbias = arrays.empty((layout.channels,), default if bias is None else bias.dtype, beside=x)
     if layout.ghosts is None:
         queue = arrays.queue(x, layout.fold)
         _C.backward(
@@ -480,6 +485,7 @@ def _axes(axes: int | Sequence[int], ndim: int) -> frozenset[int]:
     return unique
 
 
+@arrays.on_its_device
 def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, frozenset[int]]:
     """n, mean and m2 with the reduced axes kept as 1."""
     x = arrays.taken(x, "x")
@@ -506,6 +512,7 @@ def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, 
     return float(n), shaped(mean), shaped(m2), reduced
 
 
+@arrays.on_its_device
 def moments(
     x: Array, axes: int | Sequence[int], *, correction: float = 0, keepdims: bool = False
 ) -> tuple[Array, Array]:
@@ -536,6 +543,7 @@ def moments(
     return mean, variance
 
 
+@arrays.on_its_device
 def batch_normalization(
     x: Array, mean: Array, variance: Array, offset: Array | None, scale: Array | None, variance_epsilon: float
 ) -> Array:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fusednorm import functional
-from fusednorm.arrays import Array, is_floating
+from fusednorm import arrays, functional
+from fusednorm.arrays import Array
 from fusednorm.functional import Activation
 
 __all__ = ["BatchNorm"]
@@ -22,19 +23,14 @@ def _dtype(dtype: Any) -> np.dtype[Any]:
 
         dtype = ml_dtypes.bfloat16
     found: np.dtype[Any] = np.dtype(dtype)
-    if not is_floating(found):
+    if not arrays.is_floating(found):
         raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, not {found}")
     return found
 
 
-def _on_cpu(device: str) -> str:
-    if device == "cpu":
-        return device
-    if device.split(":")[0] == "cuda":
-        raise RuntimeError(
-            f"device {device!r} is not to be had: layers are on the CPU only; functions take CuPy arrays"
-        )
-    raise ValueError(f'device must be "cpu" or "cuda:0", "cuda:1", …, not {device!r}')
+def _array(value: Any, name: str) -> Array:
+    """What is copied into a parameter: an array of a GPU as it is, all else as NumPy takes it."""
+    return arrays.taken(value, name) if arrays.is_of_a_gpu(value) else np.asarray(value)
 
 
 class BatchNorm:
@@ -60,7 +56,9 @@ class BatchNorm:
     activation, ghost_batch_size
         As in :func:`fusednorm.batch_norm_forward`.
     dtype : dtype of parameters and running statistics, whatever x's
-    device : "cpu"
+    device : "cpu", "cuda" or "cuda:0", "cuda:1", …
+        Where x and the layer's arrays are: NumPy's on the CPU, CuPy's on a GPU. RuntimeError, with the reason, where
+        there is no such device.
 
     Attributes
     ----------
@@ -109,7 +107,7 @@ class BatchNorm:
         self.axis = axis
         self.activation = activation
         self.ghost_batch_size = ghost_batch_size
-        self.device = _on_cpu(device)
+        self.device = "cpu"
         self.training = True
         self.num_batches_tracked = 0
         self.weight_grad = self.bias_grad = None
@@ -118,15 +116,18 @@ class BatchNorm:
         self._running_mean = np.zeros(num_features, kind) if track_running_stats else None
         self._running_var = np.ones(num_features, kind) if track_running_stats else None
         self._saved = threading.local()
+        self.to(device)
 
     def _assign(self, name: str, value: Any) -> None:
         own = getattr(self, "_" + name)
         if own is None:
             raise AttributeError(f"this layer has no {name}")
-        value = np.asarray(value)
+        value = _array(value, name)
         if value.shape != own.shape:
             raise ValueError(f"{name} should contain {own.size} elements not {value.size}")
-        own[...] = value
+        value = arrays.moved(value, self.device)
+        with arrays.on(self.device):
+            own[...] = value
 
     @property
     def weight(self) -> Array | None:
@@ -164,6 +165,8 @@ class BatchNorm:
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
     ) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`."""
+        if type(x) is not np.ndarray or self.device != "cpu":
+            arrays.expect_on(self.device, x, "layer")
         training, tracked = self.training, self.track_running_stats
         batch_statistics = training or not tracked
         count, momentum = -1, self.momentum
@@ -230,28 +233,35 @@ class BatchNorm:
         return self.train(False)
 
     def to(self, device: str) -> BatchNorm:
-        """The layer with its arrays on `device`."""
-        self.device = _on_cpu(device)
+        """The layer, after its arrays were moved to `device`; raises as the constructor. A graph that was captured with
+        the layer keeps using the arrays of before.
+        """
+        device = arrays.checked_device(device)
+        names = "_weight", "_bias", "_running_mean", "_running_var", "weight_grad", "bias_grad"
+        there = {name: getattr(self, name) for name in names}
+        there = {name: None if a is None else arrays.moved(a, device) for name, a in there.items()}
+        self.__dict__.update(there, device=device)
         return self
 
     def scale_shift(self) -> tuple[Array, Array]:
         """Evaluation as one scale and one shift a channel: ``y = x·scale + shift`` (before residual and activation).
 
         For folding into the layer before: multiply its output channels' weights by scale, its bias too, and add shift.
-        float64, (C,). RuntimeError without running statistics.
+        float64, (C,), on the layer's device. RuntimeError without running statistics.
         """
         if self._running_mean is None or self._running_var is None:
             raise RuntimeError("scale_shift needs running statistics; this layer has track_running_stats=False")
-        scale = 1 / np.sqrt(self._running_var.astype(np.float64) + self.eps)
-        if self._weight is not None:
-            scale = scale * self._weight.astype(np.float64)
-        shift = -self._running_mean.astype(np.float64) * scale
-        if self._bias is not None:
-            shift = shift + self._bias.astype(np.float64)
+        with arrays.on(self.device):
+            scale = 1 / np.sqrt(self._running_var.astype(np.float64) + self.eps)
+            if self._weight is not None:
+                scale = scale * self._weight.astype(np.float64)
+            shift = -self._running_mean.astype(np.float64) * scale
+            if self._bias is not None:
+                shift = shift + self._bias.astype(np.float64)
         return scale, shift
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of parameters and running statistics under PyTorch's names."""
+        """Copies of parameters and running statistics under PyTorch's names, on the layer's device."""
         state = {
             "weight": self._weight,
             "bias": self._bias,
@@ -259,10 +269,11 @@ class BatchNorm:
             "running_var": self._running_var,
             "num_batches_tracked": np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None,
         }
-        return {name: value.copy() for name, value in state.items() if value is not None}
+        with arrays.on(self.device):
+            return {name: value.copy() for name, value in state.items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a state in; all of it is checked before any of it is taken. `num_batches_tracked` may be missing.
+        """Copy a state in, from any device, after all of it was checked. `num_batches_tracked` may be missing.
 
         Raises KeyError for missing or unexpected names, ValueError for sizes.
         """
@@ -273,13 +284,13 @@ class BatchNorm:
             raise KeyError(f"Missing key(s) in state_dict: {', '.join(missing)}")
         if unexpected:
             raise KeyError(f"Unexpected key(s) in state_dict: {', '.join(unexpected)}")
-        values = {name: np.asarray(value) for name, value in state.items()}
+        values = {name: _array(value, name) for name, value in state.items()}
         for name, value in values.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"size mismatch for {name}: expected {own[name].shape}, got {value.shape}")
             if value.dtype.kind not in "fiu" and value.dtype.name != "bfloat16":
                 raise ValueError(f"{name} must be numbers, got dtype {value.dtype}")
-        if not np.isfinite(values.get("num_batches_tracked", 0)):
+        if not math.isfinite(values.get("num_batches_tracked", 0)):
             raise ValueError("num_batches_tracked must be a finite number")
         for name, value in values.items():
             if name == "num_batches_tracked":
