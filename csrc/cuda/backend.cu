@@ -129,40 +129,24 @@ cudaError_t launch(Kernel<Pass> kernel, const Pass& pass, Job job, const Queue& 
 bool has_entries(const Fold& f) { return f.batch != 1; }
 int64_t entry_bytes(const Fold& f) { return has_entries(f) ? f.statistics() * 3 * int64_t(sizeof(double)) : 0; }
 
-// `tensors`: all that are there, x first.
-template <class T>
-Layout layout_of(const Fold& f, bool masked, int sms, std::initializer_list<const void*> tensors) {
-  constexpr uintptr_t width = kWidth<T>;
-  const auto anchor = [](const void* p) { return int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % width); };
-  const int first = anchor(*tensors.begin());
-  bool alike = true;
-  for (const void* p : tensors) alike = alike && (!p || anchor(p) == first);
-  if (f.is_columns()) return column_layout<T>(f, alike && first == 0, masked, 2 * sms);
-  return row_layout<T>(f, first, alike);
-}
-
 template <class T, class Pass>
-void run(const Pass& pass, const Kernel<Pass> (&kernels)[2][2], Work work, const Layout& layout, const Queue& queue) {
+void run(const Pass& pass, const Kernel<Pass> (&kernels)[2][2], const Queue& queue) {
   static std::atomic<int> largest_cluster[2][2][kMaxDevices];
+  const Layout layout = layout_of<T>(pass, device(queue.device).sms);
   if (layout.slabs == 0) return;
   const bool columns = pass.fold.is_columns(), general = !pass.is_plain();
   const Kernel<Pass> kernel = kernels[columns][general];
   const Current current(queue.device);
   Device d =
       limits(kernel, largest_cluster[columns][general][queue.device], device(queue.device), Pass::resident(general));
-  work.slabs = layout.slabs;
-  work.packs = layout.runs * layout.packs.by;
-  work.together = layout.together();
-  work.columns = layout.columns;
-  work.real = sizeof(Real<T>);
-  Job job{layout,     plan(work, d), {},
-          Phase::all, work.merges,   static_cast<char*>(queue.scratch) + entry_bytes(pass.fold)};
+  Job job{layout,     plan_of<T>(pass, layout, d), {},
+          Phase::all, pass.work().merges,          static_cast<char*>(queue.scratch) + entry_bytes(pass.fold)};
   cudaError_t error = launch(kernel, pass, job, queue);
   if (refused(error) && d.max_cluster + d.cooperative > 1) {
     cudaGetLastError();
     d.max_cluster = 1;
     d.cooperative = false;
-    job.plan = plan(work, d);
+    job.plan = plan_of<T>(pass, layout, d);
     error = launch(kernel, pass, job, queue);
   }
   check(error, "launching a kernel");
@@ -181,17 +165,7 @@ void with_dtype(DType dtype, Call&& call) {
 void run(const ForwardPass& pass, const Queue& queue) {
   with_dtype(pass.x.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool takes = pass.takes_statistics();
-    Work work{};
-    work.read = 1 + bool(pass.epilogue.residual);
-    work.written = bool(pass.y);
-    work.merges = takes;
-    work.again = takes && pass.y;
-    work.keeps = 1;
-    run<T>(pass, kernels<T>().forward, work,
-           layout_of<T>(pass.fold, pass.mask, device(queue.device).sms,
-                        {pass.x.data, pass.y.data, pass.epilogue.residual.data}),
-           queue);
+    run<T>(pass, kernels<T>().forward, queue);
   });
 }
 
@@ -201,16 +175,7 @@ void run(BackwardPass pass, const Queue& queue) {
   pass.n = double(pass.fold.per_statistic());
   with_dtype(pass.x.dtype, [&](auto element) {
     using T = decltype(element);
-    Work work{};
-    work.read = 2 + bool(pass.epilogue.residual);
-    work.written = bool(pass.dx) + bool(pass.dresidual);
-    work.merges = pass.sums;
-    work.again = pass.sums && pass.dx && !pass.known();
-    work.keeps = 2;
-    run<T>(pass, kernels<T>().backward, work,
-           layout_of<T>(pass.fold, pass.mask, device(queue.device).sms,
-                        {pass.x.data, pass.dy.data, pass.epilogue.residual.data, pass.dx.data, pass.dresidual.data}),
-           queue);
+    run<T>(pass, kernels<T>().backward, queue);
   });
 }
 

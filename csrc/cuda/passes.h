@@ -1,6 +1,8 @@
 // What a kernel is asked to do, as in cpu/passes.h: a verb is one of the two passes with parts left out.
 #pragma once
 
+#include <array>
+
 #include "core/backend.h"
 #include "core/grad_sums.h"
 #include "core/moments.h"
@@ -30,6 +32,12 @@ struct ForwardPass {
   static constexpr int resident(bool general) { return general ? 512 : 640; }
   // Epilogues that the plain kernel knows.
   bool is_plain() const { return epilogue.activation <= Activation::relu && !epilogue.residual && !mask; }
+
+  std::array<const void*, 3> tensors() const { return {x.data, y.data, epilogue.residual.data}; }
+  Work work() const {
+    const bool takes = takes_statistics();
+    return {.read = 1 + bool(epilogue.residual), .written = bool(y), .keeps = 1, .merges = takes, .again = takes && y};
+  }
 };
 
 struct BackwardPass {
@@ -56,7 +64,42 @@ struct BackwardPass {
     return epilogue.activation <= Activation::relu && !epilogue.residual && !mask && !dresidual &&
            !(sums && dx && known());
   }
+
+  std::array<const void*, 5> tensors() const {
+    return {x.data, dy.data, epilogue.residual.data, dx.data, dresidual.data};
+  }
+  Work work() const {
+    return {.read = 2 + bool(epilogue.residual),
+            .written = bool(dx) + bool(dresidual),
+            .keeps = 2,
+            .merges = sums,
+            .again = sums && dx && !known()};
+  }
 };
+
+// How the tensors of a pass are cut into slabs.
+template <class T, class Pass>
+Layout layout_of(const Pass& pass, int sms) {
+  constexpr uintptr_t width = kWidth<T>;
+  const auto anchor = [](const void* p) { return int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % width); };
+  const auto tensors = pass.tensors();
+  const int first = anchor(tensors[0]);
+  bool alike = true;
+  for (const void* p : tensors) alike = alike && (!p || anchor(p) == first);
+  if (pass.fold.is_columns()) return column_layout<T>(pass.fold, alike && first == 0, pass.mask, 2 * sms);
+  return row_layout<T>(pass.fold, first, alike);
+}
+
+template <class T, class Pass>
+Plan plan_of(const Pass& pass, const Layout& layout, const Device& device) {
+  Work work = pass.work();
+  work.slabs = layout.slabs;
+  work.packs = layout.runs * layout.packs.by;
+  work.together = layout.together();
+  work.columns = layout.columns;
+  work.real = sizeof(Real<T>);
+  return plan(work, device);
+}
 
 // Weight of the new value, for a batch entry.
 FN_INLINE double running_weight(const RunningArgs& running, int64_t entry) {

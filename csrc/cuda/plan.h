@@ -24,14 +24,14 @@ struct Device {
 
 // What a pass asks for.
 struct Work {
-  int64_t slabs, packs;  // packs of one slab, in each tensor
-  int read, written;     // tensors
-  int keeps;             // tensors that the second sweep would rather find in shared memory
-  bool merges;           // a slab's sums are needed
-  bool again;            // and its elements once more, after them
-  bool together;         // the sums of several slabs belong together: all must be in flight at once
-  int columns;           // a slab's statistics
-  int real;              // bytes of the arithmetic type
+  int64_t slabs = 0, packs = 0;  // packs of one slab, in each tensor
+  int read = 0, written = 0;     // tensors
+  int keeps = 1;                 // tensors that the second sweep would rather find in shared memory
+  bool merges = false;           // a slab's sums are needed
+  bool again = false;            // and its elements once more, after them
+  bool together = false;         // the sums of several slabs belong together: all must be in flight at once
+  int columns = 1;               // a slab's statistics
+  int real = 4;                  // bytes of the arithmetic type
 };
 
 enum class Team : int { block, cluster, grid, launches };
