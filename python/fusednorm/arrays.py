@@ -63,7 +63,7 @@ def missing_for_cuda() -> str:
 
 
 def beside(a: Array | None, name: str, x: Array) -> Array | None:
-    """A parameter of x. Beside a NumPy x the verbs look at it themselves."""
+    """What is given beside x, if anything: beside one of a GPU as a CuPy array, else as it is."""
     return a if a is None or type(x) is np.ndarray else taken(a, name)
 
 

@@ -211,6 +211,7 @@ def _forward(
     weight, bias = arrays.beside(weight, "weight", x), arrays.beside(bias, "bias", x)
     running_mean = arrays.beside(running_mean, "running_mean", x)
     running_var = arrays.beside(running_var, "running_var", x)
+    out = arrays.beside(out, "out", x)
     positions = None if mask is None else _positions(mask, x, axis)
     if out is None and residual is None:
         y = arrays.empty_like(x)
@@ -428,6 +429,7 @@ def batch_norm_backward(
     positions = None if mask is None else _positions(mask, x, axis)
     weight = None if weight is None else arrays.taken(weight, "weight")
     bias = None if bias is None else arrays.taken(bias, "bias")
+    out = arrays.beside(out, "out", x)
     dx = _output(out, given, x, (given, dy, residual, weight, bias))
     dresidual = None if residual is None else arrays.empty_like(x)
     default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
@@ -529,7 +531,7 @@ def moments(
     Raises
     ------
     TypeError
-        Not a NumPy array of float32, float64, float16 or bfloat16.
+        Not an array of float32, float64, float16 or bfloat16.
     ValueError
         An axis twice; AxisError for one that is not there.
     """

@@ -480,7 +480,13 @@ def ones_like(a: ndarray, dtype: Any = None, order: str = "K") -> ndarray:
 
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: Any = "K") -> ndarray:
+    if not isinstance(obj, ndarray) and hasattr(obj, "__cuda_array_interface__"):
+        of = obj.__cuda_array_interface__
+        memory = MemoryPointer(UnownedMemory(of["data"][0], 0, obj), 0)
+        obj = ndarray(of["shape"], of["typestr"], memory, of["strides"])
     if isinstance(obj, ndarray):
+        if obj.data.device_id != _device():
+            return array(obj.get(), dtype, order=order)
         if copy or (dtype is not None and obj.dtype != dtype) or (order == "C" and not obj.flags.c_contiguous):
             return obj.astype(obj.dtype if dtype is None else dtype, order)
         return obj
