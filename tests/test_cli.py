@@ -49,6 +49,7 @@ def test_module_runs_as_a_program() -> None:
         ["bench", "--shape", "8"],
         ["bench", "--shape", "8,0"],
         ["bench", "--threads", "0"],
+        ["selftest", "--device", "gpu"],
         ["demo", "--optimizer", "guess"],
         ["demo", "--epochs", "0"],
     ],
@@ -77,6 +78,18 @@ def test_a_missing_library_is_named_with_its_remedy(
     assert capsys.readouterr().err == f"fusednorm {command} needs rich: pip install 'fusednorm[{command}]'\n"
 
 
+@pytest.mark.parametrize("command", ["selftest"])
+def test_a_gpu_without_cuda_is_refused_with_the_reason(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_C, "cuda_built", lambda: False)
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda": "not built: no nvcc was found"})
+    assert main([command, "--device", "cuda:1"]) == 2
+    assert capsys.readouterr().err == (
+        f"fusednorm {command} --device cuda:1: CUDA is not built: no nvcc was found in this fusednorm\n"
+    )
+
+
 def _wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library's y be wrong by 1e-3."""
     right = fusednorm.batch_norm_forward
@@ -102,7 +115,7 @@ def test_selftest_json_tells_failures(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert main(["selftest", "--json", "--filter", "37x17-axis1-float32"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert {failure["name"] for failure in result["failures"]} == {"y"}
-    assert {failure["isa"] for failure in result["failures"]} == set(_C.build_info()["isa_runnable"])
+    assert {failure["place"] for failure in result["failures"]} == set(_C.build_info()["isa_runnable"])
 
 
 def test_selftest_of_no_case_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import fusednorm
 from fusednorm.cli import bench, demo, info, selftest
-from fusednorm.cli.extras import MissingLibrary
+from fusednorm.cli.extras import Missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: a check failed; 2: a library is missing, or there is nothing to do; 130: Ctrl-C. Arguments that argparse
-    refuses leave by SystemExit(2).
+    0: done; 1: a check failed; 2: a library or a GPU is missing, or there is nothing to do; 130: Ctrl-C. Arguments that
+    argparse refuses leave by SystemExit(2).
     """
     parser = argparse.ArgumentParser(
         prog="fusednorm",
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         return int(args.run(args))
-    except MissingLibrary as missing:
+    except Missing as missing:
         print(missing, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,17 +1,20 @@
-"""What several commands use: arguments, and libraries that the core does not need."""
+"""What several commands use: arguments, and what the core does not need: libraries, a GPU."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
+
+from fusednorm import _C
 
 
-class MissingLibrary(Exception):
-    """Says in one line what to install."""
+class Missing(Exception):
+    """Says in one line what is not here, and what to do about it."""
 
 
 def require(command: str, extra: str, **libraries: str) -> None:
-    """Raise MissingLibrary unless all can be imported.
+    """Raise Missing unless all can be imported.
 
     Args:
         extra: the name of the extra that brings them.
@@ -21,7 +24,38 @@ def require(command: str, extra: str, **libraries: str) -> None:
     if missing:
         *others, last = missing
         names = f"{', '.join(others)} and {last}" if others else last
-        raise MissingLibrary(f"fusednorm {command} needs {names}: pip install 'fusednorm[{extra}]'")
+        raise Missing(f"fusednorm {command} needs {names}: pip install 'fusednorm[{extra}]'")
+
+
+def require_gpu(command: str, device: str) -> None:
+    """Raise Missing unless `device`, such as ``cuda:0``, can be used from here; nothing is asked of ``cpu``."""
+    if device == "cpu":
+        return
+    command = f"{command} --device {device}"
+    if not _C.cuda_built():
+        raise Missing(f"fusednorm {command}: CUDA is {_C.build_info()['cuda']} in this fusednorm")
+    require(command, "cuda", cupy="CuPy")
+    count = _C.cuda_devices()
+    if number(device) >= count:
+        found = f"the last one is cuda:{count - 1}" if count else "no GPU was found; nvidia-smi may say why"
+        raise Missing(f"fusednorm {command}: {found}")
+
+
+def number(device: str) -> int:
+    """1 of ``cuda:1``."""
+    return int(device.split(":")[1])
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", type=_device, default="cpu", metavar="DEVICE", help="cpu (default), cuda, or another GPU: cuda:1"
+    )
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda, or cuda:1 and so on, not {text}")
+    return "cuda:0" if text == "cuda" else text
 
 
 def positive(text: str) -> int:
