@@ -49,6 +49,8 @@ def test_module_runs_as_a_program() -> None:
         ["bench", "--shape", "8"],
         ["bench", "--shape", "8,0"],
         ["bench", "--threads", "0"],
+        ["bench", "--threads", "1", "--device", "cuda"],
+        ["bench", "--compile"],
         ["selftest", "--device", "gpu"],
         ["demo", "--optimizer", "guess"],
         ["demo", "--epochs", "0"],
@@ -78,7 +80,7 @@ def test_a_missing_library_is_named_with_its_remedy(
     assert capsys.readouterr().err == f"fusednorm {command} needs rich: pip install 'fusednorm[{command}]'\n"
 
 
-@pytest.mark.parametrize("command", ["selftest"])
+@pytest.mark.parametrize("command", ["selftest", "bench"])
 def test_a_gpu_without_cuda_is_refused_with_the_reason(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +88,8 @@ def test_a_gpu_without_cuda_is_refused_with_the_reason(
     monkeypatch.setattr(_C, "build_info", lambda: {"cuda": "not built: no nvcc was found"})
     assert main([command, "--device", "cuda:1"]) == 2
     assert capsys.readouterr().err == (
-        f"fusednorm {command} --device cuda:1: CUDA is not built: no nvcc was found in this fusednorm\n"
+        f"fusednorm {command}: device 'cuda:1' is not to be had: in this fusednorm CUDA is not built: no nvcc was "
+        "found\n"
     )
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import fusednorm
+import numpy as np
 import pytest
-from fusednorm import _C
+from fusednorm import _C, bench
+from fusednorm.bench import gpu
+from fusednorm.bench.contenders import Torch
 from fusednorm.cli import main
-from test_cuda import DEVICES
+from fusednorm.testing.cases import Case
+from test_cuda import DEVICES, EMULATED, cupy
 
 
 @pytest.mark.parametrize("device", ["cuda", f"cuda:{DEVICES[-1]}"])
@@ -21,34 +30,201 @@ def test_selftest(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _C.build_info()["isa"] not in shown
 
 
-def test_selftest_tells_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def wrong_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library's y be wrong by 1e-3."""
     right = fusednorm.batch_norm_forward
 
     def wrong(*args: Any, **options: Any) -> Any:
         y, mean, rstd = right(*args, **options)
-        return y + 1e-3, mean, rstd
+        return y + y.dtype.type(1e-3), mean, rstd
 
     monkeypatch.setattr(fusednorm, "batch_norm_forward", wrong)
+
+
+def test_selftest_tells_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong_forward(monkeypatch)
     assert main(["selftest", "--device", "cuda", "--json", "--filter", "37x17-axis1-float64"]) == 1
     failures = json.loads(capsys.readouterr().out)["failures"]
     assert {(failure["name"], failure["place"]) for failure in failures} == {("y", "cuda:0")}
 
 
-@pytest.mark.parametrize("command", ["selftest"])
+@pytest.mark.parametrize("command", ["selftest", "bench"])
 def test_what_is_missing_is_said_in_one_line(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([command, "--device", f"cuda:{len(DEVICES)}"]) == 2
-    assert capsys.readouterr().err == (
-        f"fusednorm {command} --device cuda:{len(DEVICES)}: the last one is cuda:{len(DEVICES) - 1}\n"
-    )
+    def said(device: str) -> str:
+        assert main([command, "--device", device]) == 2
+        return capsys.readouterr().err
+
+    beyond = f"cuda:{len(DEVICES)}"
+    refused = f"fusednorm {command}: device {{}} is not to be had: {{}}\n"
+    assert said(beyond) == refused.format(repr(beyond), f"there are {len(DEVICES)} GPUs")
     monkeypatch.setattr(_C, "cuda_devices", lambda: 0)
-    assert main([command, "--device", "cuda"]) == 2
-    assert capsys.readouterr().err == (
-        f"fusednorm {command} --device cuda:0: no GPU was found; nvidia-smi may say why\n"
-    )
+    assert said("cuda") == refused.format("'cuda:0'", "no GPU was found")
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert main([command, "--device", "cuda"]) == 2
-    assert capsys.readouterr().err == (
-        f"fusednorm {command} --device cuda:0 needs CuPy: pip install 'fusednorm[cuda]'\n"
+    assert said("cuda") == refused.format("'cuda:0'", "CuPy is not installed: pip install 'fusednorm[cuda]'")
+
+
+def test_bench_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    file, figure = tmp_path / "results.json", tmp_path / "results.svg"
+    shape = ["--shape", "4,6,5,5", "--layout", "last"]
+    assert main(["bench", "--device", "cuda", "--quick", *shape, "--json", str(file), "--plot", str(figure)]) == 0
+    shown = capsys.readouterr().out
+    results = json.loads(file.read_text())
+    assert [(row["shape"], row["pass"], row["floor"]) for row in results["rows"]] == [
+        ([4, 5, 5, 6], pass_, floor) for pass_, floor in (("forward", 2), ("backward", 3), ("eval", 2))
+    ]
+    for row in results["rows"]:
+        assert row["wrong"] == []
+        assert row["checked"] == [6, 6]
+        assert {"copy", "ours_out", "ours", "cupy"} <= set(row["ms"]) == set(row["host_us"])
+        assert {"native", "cudnn", "compile"} <= set(row["ms"]) | set(row["absent"])
+        assert all(0 < ms["p10"] <= ms["median"] <= ms["p90"] for ms in row["ms"].values())
+        assert bench.label(row) in shown
+    assert results["left_out"] == []
+    assert results["environment"]["gpu"] in shown
+    assert "<svg" in figure.read_text()
+    assert main(["bench", "--from", str(file), "--markdown"]) == 0
+    assert capsys.readouterr().out == bench.table(results)
+
+
+@pytest.fixture
+def torch_beside(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """PyTorch as the benchmark finds it on a GPU; emulated, its CPU tensors lie over the emulator's memory."""
+    torch = pytest.importorskip("torch")
+    if not EMULATED:
+        return torch
+    import emulator
+
+    def whole(self: Any, array: Any) -> Any:
+        self.__dict__.setdefault("kept", []).append(array)
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array._host.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array._host)
+
+    monkeypatch.setattr(gpu._Torch, "whole", whole)
+    monkeypatch.setattr(gpu._Torch, "array", lambda self, tensor: cupy.array(Torch.array(self, tensor)))
+    monkeypatch.setattr(gpu, "_pytorch", lambda: (torch, ""))
+    for name in ("device", "stream", "ExternalStream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    with emulator.memory():
+        yield torch
+
+
+BENCHED = [
+    Case("", shape, axis=axis, dtype=dtype, training=training, residual=bool(activation), activation=activation)
+    for (shape, axis), dtype, training, activation in itertools.product(
+        [((6, 8, 5, 5), 1), ((6, 5, 5, 8), -1)], ["float32", "bfloat16"], [True, False], [None, "relu"]
     )
+]
+# Compiling takes seconds.
+BENCHED += [replace(case, tags=frozenset({"compile"})) for case in BENCHED[:4]]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it compiles
+def test_bench_contenders_agree(torch_beside: Any) -> None:
+    with bench.Gpu("cuda:0") as machine:
+        for case in BENCHED:
+            theirs = ["native", *case.tags]
+            for row in bench.measure(case, machine=machine, repeat=1):
+                assert row["wrong"] == [], row
+                assert {"cupy", *theirs} <= set(row["ms"]), row["absent"]
+                assert row["eager"] == (theirs if EMULATED else []), row
+
+
+def test_bench_sees_a_contender_that_computes_something_else(
+    torch_beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = gpu._Torch.call
+
+    def wrong(self: Any, pass_: str, *, cudnn: bool) -> Any:
+        call = right(self, pass_, cudnn=cudnn)
+        return lambda: call() * 1.1
+
+    monkeypatch.setattr(gpu._Torch, "call", wrong)
+    with bench.Gpu("cuda:0") as machine:
+        for row in bench.measure(Case("", (6, 8, 5, 5)), machine=machine, repeat=1):
+            assert "native computes something else" in row["wrong"]
+            assert row["ms"] == {}
+
+
+def test_bench_does_not_time_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong_forward(monkeypatch)
+    with bench.Gpu("cuda:0") as machine:
+        (row,) = bench.measure(Case("", (6, 8, 5, 5), training=False), machine=machine, repeat=1)
+    assert row["ms"] == {}
+    assert row["wrong"][0].startswith("y: error")
+
+
+def test_bench_fills_large_tensors_without_repeating_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "DRAWN", 1000)
+    case = Case("", (8, 6, 11, 11), dtype="float64", residual=True)
+    with bench.Gpu("cuda:0") as machine:
+        inputs = machine.make(case)
+        assert inputs.weight is not None
+        assert inputs.weight.shape == (6,)
+        for name in ("x", "dy", "residual"):
+            samples = cupy.asnumpy(getattr(inputs, name)).reshape(8, -1)
+            assert len({sample.tobytes() for sample in samples}) == 8, name
+            assert np.isfinite(samples).all()
+            assert 0.3 < samples.std() < 3
+        assert all(row["wrong"] == [] for row in bench.measure(case, machine=machine, repeat=1))
+
+
+def test_bench_says_what_was_left_out() -> None:
+    cases = [Case("first", (4, 6)), Case("second", (4, 6)), Case("huge", (1 << 20, 1 << 20))]
+    with_time = bench.run(cases[2:], machine=bench.Gpu("cuda:0"))
+    assert with_time["left_out"] == ["huge: too large for the memory"]
+    without = bench.run(cases, machine=bench.Gpu("cuda:0"), repeat=1, seconds=0)
+    assert without["left_out"] == [f"{case.name}: no time was left" for case in cases]
+    assert "3 cases were not measured, the first of them first: no time was left" in bench.table(without)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "pass_", "residual", "activation", "floor"),
+    [
+        ((256, 64, 112, 112), 1, "forward", False, None, 2),
+        ((256, 64, 112, 112), 1, "backward", False, None, 3),  # 25.7 MB of x and dy of a channel
+        ((512, 64, 112, 112), 1, "backward", False, None, 5),
+        ((256, 112, 112, 64), -1, "forward", False, None, 3),
+        ((256, 112, 112, 64), -1, "backward", False, None, 5),
+        ((256, 112, 112, 64), -1, "eval", False, None, 2),
+        ((256, 28, 28, 512), -1, "forward", False, None, 2),  # 64 bytes of 200,704 rows
+        ((256, 28, 28, 512), -1, "backward", False, None, 3),
+        ((32, 112, 112, 64), -1, "backward", False, None, 5),
+        ((65536, 1024), 1, "backward", False, None, 3),
+        ((32, 64, 56, 56), 1, "forward", True, "relu", 3),
+        ((32, 64, 56, 56), 1, "eval", True, None, 3),
+        ((32, 64, 56, 56), 1, "backward", True, "relu", 5),  # dy, x, residual; dx, dresidual
+        ((32, 64, 56, 56), 1, "backward", True, None, 4),  # dresidual is dy, but it is written
+        ((512, 112, 112, 64), -1, "backward", True, "relu", 8),
+    ],
+)
+def test_floor(shape: Any, axis: int, pass_: str, residual: bool, activation: Any, floor: int) -> None:
+    case = Case("", shape, axis=axis, residual=residual, activation=activation, training=pass_ != "eval")
+    assert gpu.floor(case, pass_, on_chip=132 * (228 << 10)) == floor
+
+
+def test_lost_rows_of_a_gpu_are_marked() -> None:
+    def times(median: float) -> dict[str, float]:
+        return {"median": median, "p10": median * 0.9, "p90": median * 1.1}
+
+    def row(native: float) -> dict[str, Any]:
+        return {
+            "shape": [8, 4], "layout": "flat", "dtype": "float32", "pass": "backward", "residual": False,
+            "activation": None, "checked": [4, 4], "wrong": [], "floor": 3, "sets": 64, "eager": [], "absent": {},
+            "ms": {"copy": times(0.002), "ours_out": times(0.004), "ours": times(0.004), "native": times(0.004)},
+            "ratios": {"copy/ours_out": times(0.5), "native/ours_out": times(native)},
+            "host_us": {"ours": times(20), "native": times(15)},
+        }  # fmt: skip
+
+    with bench.Gpu("cuda:0") as machine:
+        environment = bench.environment() | machine.environment()
+    lines = bench.table({"environment": environment, "rows": [row(2), row(0.9)]}).splitlines()
+    assert lines[2] == "| 8×4 f32 | backward | 2.0 | 4.0 | 3 | 75% | 2.00 ±0.20 | – | – | – | 20 | 15 |"
+    assert lines[3].startswith("| **✗ 8×4 f32** |")
+    assert any("1 of 2 rows lost" in line for line in lines)
+    assert any("backward reaches 75% of the copy's bandwidth" in line for line in lines)

@@ -14,7 +14,7 @@ import pytest
 from fusednorm import reference
 from fusednorm.reference import Activation, Float64
 from fusednorm.testing import cases
-from fusednorm.testing.cases import BENCH, CASES, Case, Inputs, Outputs
+from fusednorm.testing.cases import BENCH, BENCH_CUDA, CASES, Case, Inputs, Outputs
 
 ACTIVATIONS: list[Activation] = [None, "relu", "leaky_relu", ("leaky_relu", 0.3), "silu", "sigmoid", "tanh"]
 LAYOUTS = [((5, 3), 1), ((5, 3), -1), ((3, 5), 0), ((4, 3, 2, 2), 1), ((4, 2, 2, 3), -1), ((2, 2, 3, 2), 2)]
@@ -524,13 +524,13 @@ def failures(case: Case, inputs: Inputs, expected: Outputs, got: Outputs) -> set
     return {deviation.name for deviation in cases.compare(case, inputs, expected, got) if not deviation.ok}
 
 
-@pytest.mark.parametrize("listed", [CASES, BENCH], ids=["CASES", "BENCH"])
+@pytest.mark.parametrize("listed", [CASES, BENCH, BENCH_CUDA], ids=["CASES", "BENCH", "BENCH_CUDA"])
 def test_the_list_is_sound(listed: tuple[Case, ...]) -> None:
     assert not [name for name, times in Counter(case.name for case in listed).items() if times > 1]
     for case in listed:
         assert case.norm == "batch"
-        assert case.tags <= {"quick", "slow", "sanitize", "bench"}
-        assert ("bench" in case.tags) == (listed is BENCH)
+        assert case.tags <= {"quick", "slow", "sanitize", "bench", "compile"}
+        assert ("bench" in case.tags) == (listed is not CASES)
         assert case.running or case.training, case.name
         assert set(case.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-"), case.name
         assert ("slow" in case.tags) == (listed is CASES and case.size > cases.SLOW_ELEMENTS)

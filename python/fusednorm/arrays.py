@@ -58,7 +58,7 @@ def missing_for_cuda() -> str:
     try:
         import_module("cupy")
     except ImportError:
-        return "CuPy is not installed"
+        return "CuPy is not installed: pip install 'fusednorm[cuda]'"
     return ""
 
 

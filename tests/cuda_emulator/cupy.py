@@ -10,6 +10,7 @@ import math
 import operator
 import sys
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
@@ -61,6 +62,8 @@ class Device:
 
     def __repr__(self) -> str:
         return f"<CUDA Device {self.id}>"
+
+    pci_bus_id = property(lambda self: f"emulated:{self.id}")
 
     def use(self) -> None:
         if emulator.library().fn_emu_set_device(self.id):
@@ -130,6 +133,20 @@ class Graph:
             raise RuntimeError(wrong.decode())
 
 
+class Event:
+    """Launches are done when they return: the host's clock is the device's."""
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def get_elapsed_time(start: Event, stop: Event) -> float:
+    return (stop.time - start.time) * 1e3
+
+
 _null = Stream.null = Stream(null=True)  # type: ignore[attr-defined]
 
 
@@ -165,12 +182,26 @@ def alloc(size: int) -> MemoryPointer:
     return MemoryPointer(Memory(size), 0)
 
 
+def _properties(device: int) -> dict[str, Any]:
+    """What a benchmark asks for, the same of every device; L2 is small, so that few sets of tensors fill it."""
+    return {
+        "name": b"emulated", "multiProcessorCount": 4, "sharedMemPerMultiprocessor": 228 << 10, "l2CacheSize": 8 << 10,
+        "totalGlobalMem": 1 << 30,
+    }  # fmt: skip
+
+
+def get_default_memory_pool() -> Any:
+    return types.SimpleNamespace(free_all_blocks=lambda: None)
+
+
 cuda = types.ModuleType("cupy.cuda")
 cuda.__dict__.update(
     Device=Device, Stream=Stream, Graph=Graph, Memory=Memory, UnownedMemory=UnownedMemory, MemoryPointer=MemoryPointer,
     alloc=alloc, get_current_stream=get_current_stream, is_available=lambda: _device_count() > 0,
+    Event=Event, get_elapsed_time=get_elapsed_time,
     runtime=types.SimpleNamespace(
-        CUDARuntimeError=CUDARuntimeError, getDeviceCount=_device_count, getDevice=lambda: _device()
+        CUDARuntimeError=CUDARuntimeError, getDeviceCount=_device_count, getDevice=lambda: _device(),
+        driverGetVersion=lambda: 13000, runtimeGetVersion=lambda: 13000, getDeviceProperties=_properties,
     ),
 )  # fmt: skip
 sys.modules["cupy.cuda"] = cuda

@@ -5,35 +5,38 @@
     {"environment": {...}, "rows": [{"case": ..., "norm": ..., "shape": [...], "layout": "first", "dtype": ...,
      "pass": "forward", "activation": ..., "residual": ..., "checked": [3, 64], "wrong": [],
      "ms": {"copy": {"median": ..., "p10": ..., "p90": ...}, "ours_out": ..., "ours": ..., "torch_out": ..., ...},
-     "ratios": {"ours_out/copy": {...}, "torch_out/ours_out": {...}, "torch/ours": {...}}}]}
+     "ratios": {"ours_out/copy": {...}, "torch_out/ours_out": {...}, "torch/ours": {...}}}],
+     "left_out": ["why a case was not measured", ...]}
 
-``checked``: how many channels of how many were compared with float64; ``wrong``: what was not as it should be.
+``checked``: how many channels of how many were compared with float64; ``wrong``: what was not as it should be. Rows of
+a GPU have other contenders and more to tell: :mod:`fusednorm.bench.gpu`.
 
 :func:`table` renders that as Markdown, :func:`plot` as a figure.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import numpy as np
 
 import fusednorm
-from fusednorm.bench.contenders import PASSES, contenders
+from fusednorm.bench.contenders import PASSES, Cpu
 from fusednorm.bench.environment import environment, versions
+from fusednorm.bench.gpu import Gpu
 from fusednorm.bench.report import label, loses, plot, summary, table
 from fusednorm.bench.timing import Contender, interleaved, ratio, spread
-from fusednorm.testing.cases import BENCH, Array, Case, Inputs, Outputs, compare, expected, make
+from fusednorm.testing.cases import BENCH, BENCH_CUDA, Array, Case, Inputs, Outputs, compare, expected
 from fusednorm.testing.cases import run as run_case
 
 __all__ = [
     "PASSES",
     "Contender",
+    "Cpu",
+    "Gpu",
     "Row",
     "environment",
     "interleaved",
@@ -59,8 +62,6 @@ CHECKED_ELEMENTS = 1 << 20
 # Two contenders compute the same if they differ by less than this part of the mean: bfloat16 rounds to 0.4%.
 SAME = 0.01
 
-RATIOS = (("ours_out", "copy"), ("torch_out", "ours_out"), ("torch", "ours"))
-
 
 def select(
     *,
@@ -69,13 +70,14 @@ def select(
     layout: str = "all",
     shapes: Sequence[tuple[int, ...]] = (),
     quick: bool = False,
+    device: str = "cpu",
 ) -> list[Case]:
-    """Cases of ``BENCH``; or, where shapes are given, plain ones of these.
+    """Cases of ``BENCH``, of ``BENCH_CUDA`` for a GPU; or, where shapes are given, plain ones of these.
 
     Args:
         layout: ``first``, ``last`` or ``all``.
         shapes: N, C and the spatial sizes, whatever the layout.
-        quick: of BENCH only what is tagged so.
+        quick: of the list only what is tagged so.
     """
     if shapes:
         found = [
@@ -86,7 +88,8 @@ def select(
         ]
         found = [replace(c, name=f"{'x'.join(map(str, c.shape))}-axis{c.axis}-{c.dtype}") for c in found]
     else:
-        found = [case for case in BENCH if not quick or "quick" in case.tags]
+        listed = BENCH if device == "cpu" else BENCH_CUDA
+        found = [case for case in listed if not quick or "quick" in case.tags]
     return [
         case
         for case in found
@@ -100,62 +103,52 @@ def run(
     cases: Sequence[Case],
     passes: Sequence[str] = PASSES,
     *,
-    threads: int | None = None,
+    machine: Cpu | Gpu | None = None,
     repeat: int | None = None,
-    with_reference: bool | None = None,
+    seconds: float | None = None,
     report: Callable[[Case, str], object] = lambda case, pass_: None,
 ) -> dict[str, Any]:
     """Measure every pass of every case; training cases have ``forward`` and ``backward``, the others ``eval``.
 
     Args:
-        threads: for ours and PyTorch; None: as many as ours would use.
+        machine: where; None: ``Cpu()``.
         repeat: rounds of each measurement; None: at least 7, and 0.2 s.
-        with_reference: time the NumPy reference too; None: for small tensors.
+        seconds: no case is begun later than that; None: all are measured.
         report: told what comes next, before it is measured.
     """
-    with _threads(threads or fusednorm.get_num_threads()):
+    begin = perf_counter()
+    rows: list[Row] = []
+    left_out = []
+    with machine or Cpu() as place:
         where = environment()
-        rows = [
-            row
-            for case in cases
-            for row in measure(case, passes, repeat=repeat, with_reference=with_reference, report=report)
-        ]
-    return {"environment": where, "rows": rows}
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    """The same number of threads for all; PyTorch would count cores its own way."""
-    torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
-    ours, theirs = fusednorm.get_num_threads(), torch.get_num_threads() if torch else 0
-    if torch:
-        torch.set_num_threads(n)
-    fusednorm.set_num_threads(n)
-    try:
-        yield
-    finally:
-        # PyTorch first: both may run on one OpenMP library, where its limit would hold for ours.
-        if torch:
-            torch.set_num_threads(theirs)
-        fusednorm.set_num_threads(ours)
+        for case in cases:
+            if seconds is not None and perf_counter() - begin > seconds:
+                left_out.append(f"{case.name}: no time was left")
+            elif not place.has_room(case):
+                left_out.append(f"{case.name}: too large for the memory")
+            else:
+                rows += measure(case, passes, machine=place, repeat=repeat, report=report)
+        where |= place.environment()
+    return {"environment": where, "rows": rows, "left_out": left_out}
 
 
 def measure(
     case: Case,
     passes: Sequence[str] = PASSES,
     *,
+    machine: Cpu | Gpu | None = None,
     repeat: int | None = None,
-    with_reference: bool | None = None,
     report: Callable[[Case, str], object] = lambda case, pass_: None,
 ) -> list[Row]:
     """The rows of one case, as :func:`run` describes. What computes wrong results is not timed; `wrong` says why."""
     passes = [pass_ for pass_ in passes if (pass_ == "eval") != case.training]
     if not passes:
         return []
+    machine = machine or Cpu()
     report(case, passes[0])
-    inputs = make(case)
+    inputs = machine.make(case)
     channels = _checked_channels(case)
-    wrong = _check(case, inputs, channels)
+    wrong = _check(case, inputs, channels, machine)
     rows = []
     for pass_ in passes:
         report(case, pass_)
@@ -176,13 +169,10 @@ def measure(
         rows.append(row)
         if wrong:
             continue
-        entrants = contenders(case, inputs, pass_, with_reference=with_reference)
-        row["wrong"] = _disagreements(case, entrants, channels)
-        if row["wrong"]:
-            continue
-        samples = interleaved(entrants, repeat)
-        row["ms"] = {name: spread(each) for name, each in samples.items()}
-        row["ratios"] = {f"{a}/{b}": ratio(samples[a], samples[b]) for a, b in RATIOS if a in samples}
+        entrants = machine.contenders(case, inputs, pass_)
+        row["wrong"] = _disagreements(case, entrants, channels, machine)
+        if not row["wrong"]:
+            row |= machine.times(case, inputs, pass_, entrants, repeat)
     return rows
 
 
@@ -199,15 +189,15 @@ def _checked_channels(case: Case) -> Array:
     return np.unique(np.linspace(0, case.channels - 1, count).astype(np.int64))
 
 
-def _check(case: Case, inputs: Inputs, channels: Array) -> list[str]:
+def _check(case: Case, inputs: Inputs, channels: Array, machine: Cpu | Gpu) -> list[str]:
     """What is wrong with our results, of the tensors as they are timed, on the given channels."""
-    got = run_case(case, inputs, fusednorm)
+    got = run_case(case, inputs, fusednorm, to_device=lambda a: a.copy(), to_host=lambda a: a)
     axis = case.axis % len(case.shape)
 
     def some(array: Array | None) -> Array | None:
         if array is None:
             return None
-        return np.take(array, channels, axis if array.ndim == len(case.shape) else 0)
+        return machine.some(array, channels, axis if array.ndim == len(case.shape) else 0)
 
     shape = (*case.shape[:axis], len(channels), *case.shape[axis + 1 :])
     part = replace(case, shape=shape)
@@ -217,7 +207,7 @@ def _check(case: Case, inputs: Inputs, channels: Array) -> list[str]:
     return [f"{d.name}: error {d.error:.3g}, allowed {d.bound:.3g} {d.detail}".rstrip() for d in deviations if not d.ok]
 
 
-def _disagreements(case: Case, entrants: Sequence[Contender], channels: Array) -> list[str]:
+def _disagreements(case: Case, entrants: Sequence[Contender], channels: Array, machine: Cpu | Gpu) -> list[str]:
     """Contenders that do not compute what the first of them does."""
     axis = case.axis % len(case.shape)
     first: Array | None = None
@@ -225,7 +215,7 @@ def _disagreements(case: Case, entrants: Sequence[Contender], channels: Array) -
     for entrant in entrants:
         if entrant.array is None:
             continue
-        result = np.take(entrant.array(entrant.call()), channels, axis).astype(np.float64)
+        result = machine.some(entrant.array(entrant.call()), channels, axis).astype(np.float64)
         if first is None:
             first = result
         # The mean, because at the kink of ReLU single gradients may be either 0 or dy.

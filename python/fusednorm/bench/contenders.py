@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 import fusednorm
 from fusednorm import _C, reference
-from fusednorm.bench.timing import Contender
-from fusednorm.testing.cases import Array, Case, Inputs
+from fusednorm.arrays import namespace
+from fusednorm.bench.timing import Contender, interleaved, ratio, spread
+from fusednorm.testing.cases import Array, Case, Inputs, make
 
 PASSES = ("forward", "backward", "eval")
 
@@ -20,33 +21,91 @@ PASSES = ("forward", "backward", "eval")
 REFERENCE_ELEMENTS = 1 << 20
 
 
-def copy(source: Array, destination: Array) -> None:
-    """Copy a tensor by all threads with stores that bypass the caches: as fast as memory goes."""
-    _C.copy(destination, source)
+class Cpu:
+    """Where contenders run: this computer. :class:`fusednorm.bench.gpu.Gpu` is the other such place.
 
+    Within ``with``, ours and PyTorch have the same number of threads; PyTorch would count cores its own way.
 
-def contenders(case: Case, inputs: Inputs, pass_: str, *, with_reference: bool | None = None) -> list[Contender]:
-    """All that can compute one pass of a case.
-
-    ``copy``; ``ours_out`` and ``torch_out`` into a ready array; ``ours`` and ``torch`` allocating their results, as
-    they are used; ``reference``. PyTorch is left out where it is not installed or has no such operation.
-
-    Args:
-        pass_: ``forward``, ``backward`` or ``eval``.
-        with_reference: None: for small tensors only.
+    Attributes:
+        ratios: which contenders' times are divided by which.
     """
-    copied = np.empty_like(inputs.x)
-    # The copy's own output, clean again: a copy onto lines that another kernel left dirty takes twice as long.
-    found = [Contender("copy", lambda: copy(inputs.x, copied), prepare=lambda: copy(inputs.x, copied))]
-    found += _backward(case, inputs) if pass_ == "backward" else _forward(case, inputs)
-    if importlib.util.find_spec("torch") and case.activation in (None, "relu"):
-        found += _Torch(case, inputs).contenders(pass_)
-    if with_reference or (with_reference is None and case.size <= REFERENCE_ELEMENTS):
-        found.append(_reference(case, inputs, pass_))
-    return found
+
+    ratios: Sequence[tuple[str, str]] = (("ours_out", "copy"), ("torch_out", "ours_out"), ("torch", "ours"))
+
+    def __init__(self, threads: int | None = None, with_reference: bool | None = None) -> None:
+        self.threads, self.with_reference = threads, with_reference
+
+    def __enter__(self) -> Cpu:
+        self.torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+        self.before = fusednorm.get_num_threads(), self.torch.get_num_threads() if self.torch else 0
+        threads = self.threads or fusednorm.get_num_threads()
+        if self.torch:
+            self.torch.set_num_threads(threads)
+        fusednorm.set_num_threads(threads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # PyTorch first: both may run on one OpenMP library, where its limit would hold for ours.
+        if self.torch:
+            self.torch.set_num_threads(self.before[1])
+        fusednorm.set_num_threads(self.before[0])
+
+    def environment(self) -> dict[str, Any]:
+        """What belongs into the record of the environment besides."""
+        return {}
+
+    def has_room(self, case: Case) -> bool:
+        return True
+
+    def make(self, case: Case) -> Inputs:
+        return make(case)
+
+    def some(self, array: Array, channels: Array, axis: int) -> Array:
+        """Those channels of an array, as NumPy's."""
+        return np.take(array, channels, axis)
+
+    def contenders(self, case: Case, inputs: Inputs, pass_: str) -> list[Contender]:
+        """All that can compute one pass of a case.
+
+        ``copy``; ``ours_out`` and ``torch_out`` into a ready array; ``ours`` and ``torch`` allocating their results, as
+        they are used; ``reference``. PyTorch is left out where it is not installed or has no such operation.
+
+        Args:
+            pass_: ``forward``, ``backward`` or ``eval``.
+        """
+        copied = np.empty_like(inputs.x)
+
+        def copy() -> None:
+            """By all threads with stores that bypass the caches: as fast as memory goes."""
+            _C.copy(copied, inputs.x)
+
+        # The copy's own output, clean again: a copy onto lines that another kernel left dirty takes twice as long.
+        found = [Contender("copy", copy, prepare=copy), *ours(case, inputs, pass_)]
+        if importlib.util.find_spec("torch") and case.activation in (None, "relu"):
+            found += Torch(case, inputs).contenders(pass_)
+        if self.with_reference or (self.with_reference is None and case.size <= REFERENCE_ELEMENTS):
+            found.append(_reference(case, inputs, pass_))
+        return found
+
+    def times(
+        self, case: Case, inputs: Inputs, pass_: str, entrants: Sequence[Contender], repeat: int | None
+    ) -> dict[str, Any]:
+        """What becomes of a row: ``ms``, and ``ratios`` of times of the same round."""
+        return compared(interleaved(entrants, repeat), self.ratios)
 
 
-def _forward(case: Case, inputs: Inputs) -> list[Contender]:
+def compared(samples: Mapping[str, Sequence[float]], ratios: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    return {
+        "ms": {name: spread(each) for name, each in samples.items()},
+        "ratios": {f"{a}/{b}": ratio(samples[a], samples[b]) for a, b in ratios if a in samples and b in samples},
+    }
+
+
+def ours(case: Case, inputs: Inputs, pass_: str, device: str = "cpu") -> list[Contender]:
+    return _backward(case, inputs) if pass_ == "backward" else _forward(case, inputs, device)
+
+
+def _forward(case: Case, inputs: Inputs, device: str) -> list[Contender]:
     layer = fusednorm.BatchNorm(
         case.channels,
         case.eps,
@@ -56,15 +115,16 @@ def _forward(case: Case, inputs: Inputs) -> list[Contender]:
         axis=case.axis,
         activation=case.activation,
         dtype=case.param_dtype,
+        device=device,
     ).train(case.training)
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = getattr(inputs, name)
         if value is not None:
             setattr(layer, name, value)
-    x, residual, y = inputs.x, inputs.residual, np.empty_like(inputs.x)
+    x, residual, y = inputs.x, inputs.residual, namespace(inputs.x).empty_like(inputs.x)
     return [
-        Contender("ours_out", lambda: layer(x, residual, out=y), np.asarray),
-        Contender("ours", lambda: layer(x, residual), np.asarray),
+        Contender("ours_out", lambda: layer(x, residual, out=y), _itself),
+        Contender("ours", lambda: layer(x, residual), _itself),
     ]
 
 
@@ -73,7 +133,7 @@ def _backward(case: Case, inputs: Inputs) -> list[Contender]:
         inputs.x, inputs.weight, inputs.bias, eps=case.eps, axis=case.axis, residual=inputs.residual,
         activation=case.activation,
     )[1:]  # fmt: skip
-    dx = np.empty_like(inputs.x)
+    dx = namespace(inputs.x).empty_like(inputs.x)
 
     def call(out: Array | None) -> Any:
         return fusednorm.batch_norm_backward(
@@ -108,11 +168,15 @@ def _reference(case: Case, inputs: Inputs, pass_: str) -> Contender:
     )  # fmt: skip
 
 
-def _first(results: Any) -> Array:
-    return np.asarray(results[0])
+def _itself(y: Array) -> Array:
+    return y
 
 
-class _Torch:
+def _first(results: tuple[Array, ...]) -> Array:
+    return results[0]
+
+
+class Torch:
     """PyTorch on the same memory: tensors that view the inputs, channels moved to axis 1 where PyTorch wants them."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
@@ -139,7 +203,7 @@ class _Torch:
     def statistics(self, n: int = 0) -> Any:
         """An uninitialized tensor for n saved statistics: float32, for float64 x float64."""
         double = self.x.dtype == self.torch.float64
-        return self.torch.empty(n, dtype=self.torch.float64 if double else self.torch.float32)
+        return self.torch.empty(n, dtype=self.torch.float64 if double else self.torch.float32, device=self.x.device)
 
     def array(self, tensor: Any) -> Array:
         back = self.torch.moveaxis(tensor, 1, self.case.axis)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
 
-# "out=": both write into a ready array; without it both allocate.
-COLUMNS = ("case", "pass", "copy ms", "ours ms", "ours/copy", "torch/ours out=", "torch/ours", "NumPy/ours")
 CAPTION = "Medians; ± is half the distance between the 10th and the 90th percentile of the rounds."
 
-_AGAINST = ("torch_out/ours_out", "torch/ours")
+# Who must be slower than ours, on the CPU and on a GPU.
+_AGAINST = ("torch_out/ours_out", "torch/ours", "native/ours_out", "cudnn/ours_out", "compile/ours_out")
 _SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -35,22 +34,48 @@ def loses(row: Row) -> bool:
     return bool(row["wrong"]) or any(name in ratios and ratios[name]["median"] < 1 for name in _AGAINST)
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """The texts of one row, under COLUMNS."""
-    ms, ratios = row["ms"], row["ratios"]
+def columns(results: Mapping[str, Any]) -> dict[str, Callable[[Row], str]]:
+    """What the table shows of a row, by column."""
+    return _GPU if _is_of_a_gpu(results) else _CPU
+
+
+def cells(results: Mapping[str, Any], row: Row) -> list[str]:
+    """The texts of one row, under :func:`columns`."""
+    texts = columns(results)
     if row["wrong"]:
-        return f"{label(row)}: WRONG, {'; '.join(row['wrong'])}", row["pass"], *["–"] * (len(COLUMNS) - 2)
-    reference = f"{ms['reference']['median'] / ms['ours']['median']:.0f}" if "reference" in ms else "–"
-    return (
-        label(row),
-        row["pass"],
-        _digits(ms["copy"]["median"]),
-        _digits(ms["ours_out"]["median"]),
-        _times(ratios, "ours_out/copy"),
-        _times(ratios, "torch_out/ours_out"),
-        _times(ratios, "torch/ours"),
-        reference,
-    )
+        return [f"{label(row)}: WRONG, {'; '.join(row['wrong'])}", row["pass"], *["–"] * (len(texts) - 2)]
+    return [text(row) for text in texts.values()]
+
+
+def share(row: Row) -> float:
+    """Of a GPU's row: the part of the copy's bandwidth at which the fewest bytes that must move would take our time."""
+    part: float = row["floor"] / 2 * row["ratios"]["copy/ours_out"]["median"]
+    return part
+
+
+def _is_of_a_gpu(results: Mapping[str, Any]) -> bool:
+    return "gpu" in results["environment"]
+
+
+def _numpy(row: Row) -> str:
+    ms = row["ms"]
+    return f"{ms['reference']['median'] / ms['ours']['median']:.0f}" if "reference" in ms else "–"
+
+
+def _ms(name: str) -> Callable[[Row], str]:
+    return lambda row: _digits(row["ms"][name]["median"])
+
+
+def _us(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['ms'][name]['median'] * 1e3:.1f}"
+
+
+def _host(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['host_us'][name]['median']:.0f}" if name in row["host_us"] else "–"
+
+
+def _ratio(name: str) -> Callable[[Row], str]:
+    return lambda row: _times(row["ratios"], name)
 
 
 def _digits(ms: float) -> str:
@@ -64,11 +89,48 @@ def _times(ratios: Mapping[str, Any], name: str) -> str:
     return f"{spread['median']:.2f} ±{(spread['p90'] - spread['p10']) / 2:.2f}"
 
 
+# "out=": both write into a ready array; without it both allocate.
+_CPU: dict[str, Callable[[Row], str]] = {
+    "case": label,
+    "pass": lambda row: str(row["pass"]),
+    "copy ms": _ms("copy"),
+    "ours ms": _ms("ours_out"),
+    "ours/copy": _ratio("ours_out/copy"),
+    "torch/ours out=": _ratio("torch_out/ours_out"),
+    "torch/ours": _ratio("torch/ours"),
+    "NumPy/ours": _numpy,
+}
+_GPU: dict[str, Callable[[Row], str]] = {
+    "case": label,
+    "pass": lambda row: str(row["pass"]),
+    "copy µs": _us("copy"),
+    "ours µs": _us("ours_out"),
+    "tensors moved": lambda row: str(row["floor"]),
+    "of copy": lambda row: f"{share(row):.0%}",
+    "native/ours": _ratio("native/ours_out"),
+    "cuDNN/ours": _ratio("cudnn/ours_out"),
+    "compile/ours": _ratio("compile/ours_out"),
+    "CuPy/ours": _ratio("cupy/ours_out"),
+    "host ours": _host("ours"),
+    "host native": _host("native"),
+}
+_CAPTION_GPU = (
+    " Times of the device, by replays of CUDA graphs, over sets of tensors that L2 does not hold (at most 64 sets); "
+    "host: µs until a call returns. tensors moved: as many of x's size a call moves at least. of copy: that, in our "
+    "time, as a part of the bandwidth of the device's own copy."
+)
+
+
+def caption(results: Mapping[str, Any]) -> str:
+    return CAPTION + (_CAPTION_GPU if _is_of_a_gpu(results) else "")
+
+
 def where(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The environment, by name."""
     env = results["environment"]
     load = env["load_average"]
     return [
+        *(_where_gpu(env) if _is_of_a_gpu(results) else ()),
         ("CPU", env["cpu"]),
         ("caches", ", ".join(f"{name} {size}" for name, size in env["caches"].items()) or "unknown"),
         ("threads", f"{env['threads']} on {env['cores']} cores"),
@@ -80,6 +142,26 @@ def where(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _where_gpu(env: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def version(number: int) -> str:
+        return f"{number // 1000}.{number % 1000 // 10}"
+
+    clocks = f"SM {env['sm_clock']} of {env['sm_clock_max']}, memory {env['memory_clock']} of {env['memory_clock_max']}"
+    return [
+        (
+            "GPU",
+            f"{env['gpu']} ({env['device']}), {env['sms']} SMs, {env['shared_bytes'] / 1e6:.1f} MB of shared memory, "
+            f"{env['l2_bytes'] / 1e6:.1f} MB of L2, {env['memory_bytes'] / 1e9:.0f} GB",
+        ),
+        ("clocks after", clocks if env["sm_clock"] else "unknown"),
+        (
+            "CUDA",
+            f"{env['cuda']}; driver {env['driver'] or 'unknown'} for CUDA {version(env['cuda_of_driver'])}; CuPy "
+            f"{env['cupy']} for CUDA {version(env['cuda_of_cupy'])}; cuDNN {env['cudnn'] or 'absent'}",
+        ),
+    ]
+
+
 def summary(results: Mapping[str, Any]) -> list[str]:
     """Geometric means, what was lost, and how far the results were checked."""
     rows = results["rows"]
@@ -88,60 +170,105 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         ("ours_out/copy", "ours takes as long as {} copies of the tensor"),
         ("torch_out/ours_out", "PyTorch with out= takes {} times as long as ours with out="),
         ("torch/ours", "PyTorch takes {} times as long as ours, both allocating"),
+        ("native/ours_out", "PyTorch's own kernels take {} times as long as ours"),
+        ("cudnn/ours_out", "cuDNN takes {} times as long as ours"),
+        ("compile/ours_out", "torch.compile takes {} times as long as ours"),
+        ("cupy/ours_out", "the formula in CuPy takes {} times as long as ours"),
     ):
         ratios = [row["ratios"][name]["median"] for row in rows if name in row["ratios"]]
         if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            lines.append(f"{text.format(f'{mean:.2f}')} (geometric mean of {len(ratios)} rows)")
+            lines.append(f"{text.format(f'{_mean(ratios):.2f}')} (geometric mean of {len(ratios)} rows)")
+    for pass_ in dict.fromkeys(row["pass"] for row in rows if row.get("floor")):
+        shares = [share(row) for row in rows if row.get("floor") and row["pass"] == pass_]
+        lines.append(f"{pass_} reaches {_mean(shares):.0%} of the copy's bandwidth (geometric mean)")
     lines.append(f"{sum(map(loses, rows))} of {len(rows)} rows lost")
     partly = sum(row["checked"][0] < row["checked"][1] for row in rows)
     some = f", {partly} of them on some of their channels" if partly else ""
-    return [*lines, f"all rows checked against float64 before timing{some}"]
+    lines.append(f"all rows checked against float64 before timing{some}")
+    eager = sorted({name for row in rows for name in row.get("eager", ())})
+    if eager:
+        count = sum(bool(row.get("eager")) for row in rows)
+        lines.append(f"{', '.join(eager)} could not be recorded in {count} rows: timed call by call")
+    reasons = dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.get("absent", {}).items())
+    lines += [f"left out in some rows: {reason}" for reason in reasons]
+    left_out = results.get("left_out", ())
+    if left_out:
+        lines.append(f"{len(left_out)} cases were not measured, the first of them {left_out[0]}")
+    return lines
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, numbers)) / len(numbers))
 
 
 def table(results: Mapping[str, Any]) -> str:
     """GitHub's Markdown: one row a measurement, lost ones in bold with a cross, then the environment."""
+    names = columns(results)
     lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---:|" * (len(COLUMNS) - 2),
+        "| " + " | ".join(names) + " |",
+        "|---|---|" + "---:|" * (len(names) - 2),
     ]
     for row in results["rows"]:
-        texts = cells(row)
+        texts = cells(results, row)
         lines.append("| " + " | ".join((f"**✗ {texts[0]}**", *texts[1:]) if loses(row) else texts) + " |")
-    lines += ["", f"{CAPTION} " + "; ".join(summary(results)) + "."]
+    lines += ["", f"{caption(results)} " + "; ".join(summary(results)) + "."]
     lines += ["", "; ".join(f"{name}: {text}" for name, text in where(results))]
     return "\n".join(lines) + "\n"
 
 
 def plot(results: Mapping[str, Any], path: str | Path) -> None:
-    """A bar chart of PyTorch's time over ours, one panel for each pass. Needs matplotlib."""
+    """A bar chart, one panel for each pass: PyTorch's time over ours; of a GPU, our share of the copy's bandwidth, and
+    that of the others. Needs matplotlib.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in results["rows"] if row["ratios"]]
-    panels: dict[str, Sequence[Row]] = {}
-    for row in rows:
-        panels[row["pass"]] = [*panels.get(row["pass"], ()), row]
+    gpu = _is_of_a_gpu(results)
+    panels: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        if row["ratios"]:
+            panels.setdefault(row["pass"], []).append(row)
     tallest = max(map(len, panels.values()), default=1)
-    figure = Figure(figsize=(6.5 * max(len(panels), 1), 1.5 + 0.3 * tallest), layout="constrained")
+    figure = Figure(figsize=(6.5 * max(len(panels), 1), 1.5 + (0.2 if gpu else 0.3) * tallest), layout="constrained")
     FigureCanvasAgg(figure)
     for column, (pass_, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), column + 1)
-        positions = range(len(panel))
-        for name, text, color, offset in (
-            ("torch/ours", "PyTorch, allocating", "#4477aa", -0.2),
-            ("torch_out/ours_out", "PyTorch, out=", "#99bbdd", 0.2),
-        ):
-            heights = [row["ratios"].get(name, {"median": math.nan})["median"] for row in panel]
-            axes.barh([p + offset for p in positions], heights, 0.4, color=color, label=text)
-        copies = [row["ratios"]["ours_out/copy"]["median"] for row in panel]
-        axes.plot([1 / c for c in copies], positions, "k|", markersize=9, label="a copy of the tensor")
+        (_shares if gpu else _bars)(axes, panel)
         axes.axvline(1, color="#cc3311", linewidth=1)
-        axes.set_yticks(positions, [label(row) for row in panel], fontsize=8)
+        axes.set_yticks(range(len(panel)), [label(row) for row in panel], fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel("time / our time")
+        axes.margins(y=0.01)
         axes.set_title(pass_)
         if column == 0:
-            figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    figure.suptitle(f"{results['environment']['cpu']}, {results['environment']['threads']} threads")
-    figure.savefig(path, dpi=150)
+            figure.legend(fontsize=8, loc="outside lower center", ncols=4)
+    env = results["environment"]
+    figure.suptitle(env["gpu"] if gpu else f"{env['cpu']}, {env['threads']} threads")
+    figure.savefig(path, dpi=100 if gpu else 150)
+
+
+def _bars(axes: Any, panel: Sequence[Row]) -> None:
+    positions = range(len(panel))
+    for name, text, color, offset in (
+        ("torch/ours", "PyTorch, allocating", "#4477aa", -0.2),
+        ("torch_out/ours_out", "PyTorch, out=", "#99bbdd", 0.2),
+    ):
+        heights = [row["ratios"].get(name, {"median": math.nan})["median"] for row in panel]
+        axes.barh([p + offset for p in positions], heights, 0.4, color=color, label=text)
+    copies = [row["ratios"]["ours_out/copy"]["median"] for row in panel]
+    axes.plot([1 / c for c in copies], positions, "k|", markersize=9, label="a copy of the tensor")
+    axes.set_xlabel("time / our time")
+
+
+def _shares(axes: Any, panel: Sequence[Row]) -> None:
+    positions = range(len(panel))
+    shares = [share(row) for row in panel]
+    axes.barh(positions, shares, 0.7, color=["#ee6677" if loses(row) else "#4477aa" for row in panel], label="ours")
+    for name, text, marker in (
+        ("native", "PyTorch", "k|"),
+        ("cudnn", "cuDNN", "k."),
+        ("compile", "torch.compile", "kx"),
+    ):
+        times = [row["ratios"].get(f"{name}/ours_out", {"median": math.nan})["median"] for row in panel]
+        axes.plot([s / t for s, t in zip(shares, times, strict=True)], positions, marker, markersize=6, label=text)
+    axes.set_xlabel("part of the bandwidth of the device's copy")

@@ -26,19 +26,37 @@ class Contender:
         call: one computation; what it returns is only looked at when results are compared.
         array: makes a NumPy array, laid out as x, of what `call` returned; None: there is nothing to compare.
         prepare: called before each sample, untimed.
+        count: computations in one call.
     """
 
     name: str
     call: Callable[[], Any]
     array: Callable[[Any], np.ndarray[Any, Any]] | None = None
     prepare: Callable[[], Any] | None = None
+    count: int = 1
 
 
-def interleaved(contenders: Sequence[Contender], repeat: int | None = None) -> dict[str, list[float]]:
-    """Milliseconds a call, one number for each round, by the contenders' names.
+def wall(call: Callable[[], Any], calls: int) -> float:
+    """Seconds that so many calls take together."""
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    return perf_counter() - start
+
+
+def interleaved(
+    contenders: Sequence[Contender],
+    repeat: int | None = None,
+    *,
+    clock: Callable[[Callable[[], Any], int], float] = wall,
+    sample: float = SAMPLE,
+) -> dict[str, list[float]]:
+    """Milliseconds a computation, one number for each round, by the contenders' names.
 
     Args:
         repeat: number of rounds; None: by the clock, see above.
+        clock: measures calls as :func:`wall` does.
+        sample: seconds of calls that make one sample.
     """
     calls: dict[str, int] = {}
     samples: dict[str, list[float]] = {}
@@ -46,19 +64,19 @@ def interleaved(contenders: Sequence[Contender], repeat: int | None = None) -> d
     gc.disable()
     try:
         for contender in contenders:
-            first = _sample(contender, 1)
+            first = _sample(contender, 1, clock)
             if first < SLOW:
-                first = _sample(contender, 1)
-                calls[contender.name] = max(1, math.ceil(SAMPLE / max(first, 1e-9)))
+                first = _sample(contender, 1, clock)
+                calls[contender.name] = max(1, math.ceil(sample / max(first, 1e-9)))
                 samples[contender.name] = []
             else:
-                samples[contender.name] = [first * 1e3]
+                samples[contender.name] = [first / contender.count * 1e3]
         rounds, spent = 0, 0.0
         while calls and (rounds < repeat if repeat else rounds < ROUNDS or spent < ENOUGH):
             for contender in contenders:
                 if contender.name in calls:
-                    seconds = _sample(contender, calls[contender.name])
-                    samples[contender.name].append(seconds / calls[contender.name] * 1e3)
+                    seconds = _sample(contender, calls[contender.name], clock)
+                    samples[contender.name].append(seconds / (calls[contender.name] * contender.count) * 1e3)
                     spent += seconds
             rounds += 1
     finally:
@@ -67,15 +85,10 @@ def interleaved(contenders: Sequence[Contender], repeat: int | None = None) -> d
     return samples
 
 
-def _sample(contender: Contender, calls: int) -> float:
-    """Seconds that so many calls took together."""
+def _sample(contender: Contender, calls: int, clock: Callable[[Callable[[], Any], int], float]) -> float:
     if contender.prepare:
         contender.prepare()
-    call = contender.call
-    start = perf_counter()
-    for _ in range(calls):
-        call()
-    return perf_counter() - start
+    return clock(contender.call, calls)
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fusednorm import bench
 from fusednorm.bench import report
-from fusednorm.cli.extras import positive, require
+from fusednorm.cli.extras import add_device, positive, require, require_device
 from fusednorm.testing.cases import BENCH, DTYPES, Case
 
 
@@ -21,8 +21,10 @@ def add(commands: Any) -> None:
         description="Checks every case against float64, then times it: ours and PyTorch (if installed) in turn, both "
         "writing into a ready output (out=) and allocating it, and a copy of the tensor that bypasses the caches, "
         "which nothing can beat that reads and writes it once. Rows where PyTorch is faster are red. Times are medians "
-        "over rounds. The full list takes some minutes, and wants an idle machine.",
+        "over rounds. The full list takes some minutes, and wants an idle machine. With --device cuda the others are "
+        "PyTorch's own kernels, cuDNN, torch.compile and the formula in CuPy.",
     )
+    add_device(parser)
     parser.add_argument("--quick", action="store_true", help="the small cases only, and five rounds")
     parser.add_argument("--norm", choices=sorted({case.norm for case in BENCH}), help="only this norm")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
@@ -36,14 +38,16 @@ def add(commands: Any) -> None:
         metavar="N,C,...",
         help="this shape instead of the list, in the order N,C,H,W whatever the layout; may be given again",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads for ours and for PyTorch")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU: threads for ours and for PyTorch")
     parser.add_argument("--repeat", type=positive, metavar="N", help="rounds; default: 7, more for short cases")
-    parser.add_argument("--reference", action="store_true", help="time the NumPy reference on large tensors too")
+    parser.add_argument("--reference", action="store_true", help="CPU: time NumPy on large tensors too")
+    parser.add_argument("--compile", action="store_true", help="GPU: torch.compile for all cases, not only for some")
+    parser.add_argument("--seconds", type=positive, metavar="N", help="begin no case after so long, and say so")
     parser.add_argument("--json", metavar="FILE", help="write environment and rows there")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart there: .png, .svg or .pdf")
     parser.add_argument("--from", dest="results", metavar="FILE", help="show the results in FILE instead of measuring")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, error=parser.error)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -54,6 +58,12 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.device != "cpu" and (args.threads or args.reference):
+        args.error("--threads and --reference are for the CPU")
+    if args.device == "cpu" and args.compile:
+        args.error("--compile is for --device cuda")
+    if not args.results:
+        require_device("bench", args.device)
     if not args.markdown:
         require("bench", "bench", rich="rich")
     if args.plot:
@@ -77,7 +87,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    cases = bench.select(norm=args.norm, dtype=args.dtype, layout=args.layout, shapes=args.shape, quick=args.quick)
+    cases = bench.select(
+        norm=args.norm, dtype=args.dtype, layout=args.layout, shapes=args.shape, quick=args.quick, device=args.device
+    )
+    machine = (
+        bench.Cpu(args.threads, True if args.reference else None)
+        if args.device == "cpu"
+        else bench.Gpu(args.device, compiles=args.compile)
+    )
     passes = bench.PASSES if args.passes == "all" else (args.passes,)
     terminal = sys.stderr.isatty()
     clear = "\r\033[K"
@@ -91,9 +108,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         return bench.run(
             cases,
             passes,
-            threads=args.threads,
+            machine=machine,
             repeat=args.repeat or (5 if args.quick else None),
-            with_reference=True if args.reference else None,
+            seconds=args.seconds,
             report=report,
         )
     finally:
@@ -107,12 +124,12 @@ def _show(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     # As wide as the table needs: broken lines are easier to read than cut numbers.
-    console = Console(highlight=False, width=max(Console().width, 110))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=report.CAPTION)
-    for i, column in enumerate(report.COLUMNS):
+    console = Console(highlight=False, width=max(Console().width, 110 if "gpu" not in results["environment"] else 150))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=report.caption(results))
+    for i, column in enumerate(report.columns(results)):
         table.add_column(column.replace(" ", "\n", 1), justify="right" if i > 1 else "left", no_wrap=i > 0)
     for row in results["rows"]:
-        table.add_row(*report.cells(row), style="red" if report.loses(row) else None)
+        table.add_row(*report.cells(results, row), style="red" if report.loses(row) else None)
     console.print(table)
     for line in report.summary(results):
         console.print(line)

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import re
 
-from fusednorm import _C
+from fusednorm import arrays
 
 
 class Missing(Exception):
@@ -27,23 +27,12 @@ def require(command: str, extra: str, **libraries: str) -> None:
         raise Missing(f"fusednorm {command} needs {names}: pip install 'fusednorm[{extra}]'")
 
 
-def require_gpu(command: str, device: str) -> None:
-    """Raise Missing unless `device`, such as ``cuda:0``, can be used from here; nothing is asked of ``cpu``."""
-    if device == "cpu":
-        return
-    command = f"{command} --device {device}"
-    if not _C.cuda_built():
-        raise Missing(f"fusednorm {command}: CUDA is {_C.build_info()['cuda']} in this fusednorm")
-    require(command, "cuda", cupy="CuPy")
-    count = _C.cuda_devices()
-    if number(device) >= count:
-        found = f"the last one is cuda:{count - 1}" if count else "no GPU was found; nvidia-smi may say why"
-        raise Missing(f"fusednorm {command}: {found}")
-
-
-def number(device: str) -> int:
-    """1 of ``cuda:1``."""
-    return int(device.split(":")[1])
+def require_device(command: str, device: str) -> None:
+    """Raise Missing unless `device`, such as ``cuda:0``, can be used from here."""
+    try:
+        arrays.checked_device(device)
+    except RuntimeError as error:
+        raise Missing(f"fusednorm {command}: {error}") from None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

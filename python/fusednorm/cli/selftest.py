@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import fusednorm
-from fusednorm import _C
-from fusednorm.cli.extras import add_device, number, require_gpu
+from fusednorm import _C, arrays
+from fusednorm.cli.extras import add_device, require_device
 from fusednorm.testing import cases
 from fusednorm.testing.cases import Case, Deviation, Inputs, Outputs
 
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    require_gpu("selftest", args.device)
+    require_device("selftest", args.device)
     chosen = [case for case in cases.CASES if "slow" not in case.tags and args.filter in case.name]
     runnable = [case for case in chosen if all(map(importlib.util.find_spec, case.requires))]
     if not runnable:
@@ -96,7 +96,7 @@ def _results(case: Case, inputs: Inputs, place: str) -> Outputs:
         _C.select_isa(place)
         return cases.run(case, inputs, fusednorm)
     cupy = importlib.import_module("cupy")
-    with cupy.cuda.Device(number(place)):
+    with arrays.on(place):
         return cases.run(case, inputs, fusednorm, to_device=cupy.array, to_host=cupy.asnumpy)
 
 

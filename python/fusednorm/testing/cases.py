@@ -7,8 +7,9 @@ norm functions (the library or :mod:`fusednorm.reference`), and :func:`compare` 
     deviations = compare(case, inputs, expected(case, inputs), run(case, inputs, fusednorm))
     assert all(deviation.ok for deviation in deviations)
 
-``CASES`` is for correctness, ``BENCH`` for time. Tags: ``quick`` is the selection of a self-test, ``sanitize`` holds
-cases small enough for instrumented builds, ``slow`` the ones above half a million elements, ``bench`` all of ``BENCH``.
+``CASES`` is for correctness, ``BENCH`` for time, ``BENCH_CUDA`` for time on a GPU. Tags: ``quick`` is the selection of
+a self-test, ``sanitize`` holds cases small enough for instrumented builds, ``slow`` the ones above half a million
+elements, ``bench`` all that are for time, ``compile`` those that torch.compile is timed on unasked.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Case:
         outlier: the first element of every channel lies 100 sigma from the mean.
         scale: sigma is 0.5, 1 or 2 times this, from channel to channel. 0: every channel is the constant
             ``offset`` times that.
-        tags: any of ``quick``, ``slow``, ``sanitize``, ``bench``.
+        tags: any of ``quick``, ``slow``, ``sanitize``, ``bench``, ``compile``.
     """
 
     name: str
@@ -809,23 +810,13 @@ def _numerics_cases() -> list[Case]:
     ]
 
 
+# Channels and side of ResNet-50's batch norms.
+RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
+
+
 def _bench_cases() -> list[Case]:
     """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward."""
-    resnet = [
-        layout
-        for channels, side in (
-            (64, 112),
-            (64, 56),
-            (256, 56),
-            (128, 28),
-            (512, 28),
-            (256, 14),
-            (1024, 14),
-            (512, 7),
-            (2048, 7),
-        )
-        for layout in _layouts(32, channels, side, side)
-    ]
+    resnet = [layout for channels, side in RESNET for layout in _layouts(32, channels, side, side)]
     flat: list[tuple[tuple[int, ...], int]] = [((4096, 1024), 1), ((256, 512), 1), ((64, 32), 1)]
     odd = [*_layouts(32, 3, 224, 224), *_layouts(32, 65, 56, 56)]
     quick = [*flat, *_layouts(32, 512, 7, 7), *_layouts(32, 256, 14, 14)]
@@ -849,6 +840,36 @@ def _bench_cases() -> list[Case]:
     return plain + fused
 
 
+def _bench_cuda_cases() -> list[Case]:
+    """ResNet-50's layers at 32 and at 256 images, (N, C), few channels in large volumes, and a small call."""
+    small = _layouts(8, 64, 7, 7)
+    resnet = [
+        layout for batch in (32, 256) for channels, side in RESNET for layout in _layouts(batch, channels, side, side)
+    ]
+    flat: list[tuple[tuple[int, ...], int]] = [((65536, 1024), 1), ((4096, 128, 1, 1), 1)]
+    volumes = [*_layouts(4, 3, 96, 192, 192), *_layouts(4, 4, 96, 192, 192)]
+    quick = [*small, *_layouts(32, 512, 7, 7), *_layouts(32, 256, 14, 14), *flat[1:]]
+    compiled = [*_layouts(32, 256, 56, 56), *_layouts(256, 64, 112, 112), *flat[:1]]
+
+    def tags(layout: tuple[tuple[int, ...], int], dtype: str) -> tuple[str, ...]:
+        found = {"quick": layout in quick, "compile": layout in compiled and dtype != "float16"}
+        return ("bench", *(tag for tag, is_so in found.items() if is_so))
+
+    plain = [
+        _case(*layout, dtype=dtype, training=training, tags=tags(layout, dtype))
+        for layout, dtype, training in itertools.product(
+            [*small, *flat, *volumes, *resnet], ("bfloat16", "float16", "float32"), (True, False)
+        )
+    ]
+    fused = [
+        _case(*layout, dtype="bfloat16", training=training, activation="relu", residual=True, tags=("bench",))
+        for layout, training in itertools.product(
+            [*_layouts(32, 256, 56, 56), *_layouts(32, 1024, 14, 14)], (True, False)
+        )
+    ]
+    return plain + fused
+
+
 CASES: tuple[Case, ...] = (
     *_layout_cases(),
     *_size_cases(),
@@ -859,3 +880,4 @@ CASES: tuple[Case, ...] = (
     *_numerics_cases(),
 )
 BENCH: tuple[Case, ...] = tuple(_bench_cases())
+BENCH_CUDA: tuple[Case, ...] = tuple(_bench_cuda_cases())

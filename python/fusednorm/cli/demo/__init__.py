@@ -134,7 +134,7 @@ def _times(console: Console) -> None:
         soft_wrap=True,
     )
     with console.status("NumPy needs a moment"):
-        forward, backward = bench.run([Case(name="demo", shape=shape)], with_reference=True)["rows"]
+        forward, backward = bench.run([Case(name="demo", shape=shape)], machine=bench.Cpu(with_reference=True))["rows"]
     wrong = forward["wrong"] + backward["wrong"]
     if wrong:
         console.print(f"[red]not timed, the results are wrong: {'; '.join(wrong)}[/]")
