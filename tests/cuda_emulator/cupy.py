@@ -198,6 +198,7 @@ cuda = types.ModuleType("cupy.cuda")
 cuda.__dict__.update(
     Device=Device, Stream=Stream, Graph=Graph, Memory=Memory, UnownedMemory=UnownedMemory, MemoryPointer=MemoryPointer,
     alloc=alloc, get_current_stream=get_current_stream, is_available=lambda: _device_count() > 0,
+    set_allocator=lambda allocator=None: None,  # each array has memory of its own anyway
     Event=Event, get_elapsed_time=get_elapsed_time,
     runtime=types.SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError, getDeviceCount=_device_count, getDevice=lambda: _device(),

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import fusednorm
 
 def versions(libraries: Sequence[str]) -> dict[str, str | None]:
     """Versions of installed distributions, None for absent ones. Nothing is imported: PyTorch would take seconds."""
-    found: dict[str, str | None] = {}
+    found: dict[str, str | None] = dict.fromkeys(libraries)
     for name in libraries:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+        # CuPy's wheels have other names than its source.
+        for distribution in (name, *(f"cupy-cuda{major}x" for major in (13, 12) if name == "cupy")):
+            with suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(distribution)
+                break
     return found
 
 
