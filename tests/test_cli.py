@@ -80,7 +80,7 @@ def test_a_missing_library_is_named_with_its_remedy(
     assert capsys.readouterr().err == f"fusednorm {command} needs rich: pip install 'fusednorm[{command}]'\n"
 
 
-@pytest.mark.parametrize("command", ["selftest", "bench"])
+@pytest.mark.parametrize("command", ["selftest", "bench", "demo"])
 def test_a_gpu_without_cuda_is_refused_with_the_reason(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

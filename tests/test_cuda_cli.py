@@ -48,7 +48,7 @@ def test_selftest_tells_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert {(failure["name"], failure["place"]) for failure in failures} == {("y", "cuda:0")}
 
 
-@pytest.mark.parametrize("command", ["selftest", "bench"])
+@pytest.mark.parametrize("command", ["selftest", "bench", "demo"])
 def test_what_is_missing_is_said_in_one_line(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,3 +228,27 @@ def test_lost_rows_of_a_gpu_are_marked() -> None:
     assert lines[3].startswith("| **✗ 8×4 f32** |")
     assert any("1 of 2 rows lost" in line for line in lines)
     assert any("backward reaches 75% of the copy's bandwidth" in line for line in lines)
+
+
+def test_demo_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for library in ("sklearn", "rich", "matplotlib"):
+        pytest.importorskip(library)
+    device = f"cuda:{DEVICES[-1]}"
+    assert main(["demo", "--device", device, "--epochs", "1", "--skip-timing", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "fusednorm-demo.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert f"seed 0, {device}." in shown
+    assert "epoch   1:" in shown
+
+
+def test_the_demos_network_learns_as_on_the_cpu() -> None:
+    pytest.importorskip("sklearn")
+    from fusednorm.cli.demo import load_digits
+    from fusednorm.cli.demo.network import network, train
+    from fusednorm.cli.demo.optimizers import OPTIMIZERS
+
+    last = {}
+    for device in ("cpu", "cuda:0"):
+        net = network(2, "relu", True, seed=0, device=device)
+        *_, last[device] = train(net, OPTIMIZERS["adam"](net.parameters(), 0.001), load_digits(0).to(device), 2, seed=0)
+    assert last["cuda:0"] == pytest.approx(last["cpu"], rel=1e-3)

@@ -365,6 +365,12 @@ class ndarray:
     def mean(self, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> ndarray:
         return _compute(np.mean, self, axis=axis, dtype=dtype, keepdims=keepdims)
 
+    def max(self, axis: Any = None, out: Any = None, keepdims: bool = False) -> ndarray:
+        return _compute(np.max, self, axis=axis, keepdims=keepdims)
+
+    def argmax(self, axis: Any = None) -> ndarray:
+        return _compute(np.argmax, self, axis=axis)
+
     def all(self, axis: Any = None) -> ndarray:
         return _compute(np.all, self, axis=axis)
 
@@ -376,6 +382,7 @@ for _name in (
     "add",
     "sub",
     "mul",
+    "matmul",
     "truediv",
     "floordiv",
     "mod",
@@ -509,6 +516,10 @@ def zeros_like(a: ndarray, dtype: Any = None, order: str = "K") -> ndarray:
 
 def ones_like(a: ndarray, dtype: Any = None, order: str = "K") -> ndarray:
     return full_like(a, 1, dtype, order)
+
+
+def arange(stop: int) -> ndarray:
+    return array(np.arange(stop))
 
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: Any = "K") -> ndarray:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import fusednorm
-from fusednorm import bench
+from fusednorm import arrays, bench
 from fusednorm.cli.demo import network
 from fusednorm.cli.demo.optimizers import OPTIMIZERS
-from fusednorm.cli.extras import positive, require
+from fusednorm.cli.extras import add_device, positive, require, require_device
 from fusednorm.testing.cases import Array, Case, expected, make
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ def add(commands: Any) -> None:
         description="Trains a network of six sigmoid layers on real handwritten digits with and without batch norm, "
         "the same weights, batches and optimizer for both; then a shallow ReLU network, where both do well. Then one "
         "training step of a large layer against NumPy and PyTorch (if installed), and the accuracy of both against "
-        "float64. Takes less than a minute and saves a figure.",
+        "float64. Takes less than a minute and saves a figure. With --device cuda all of it is on the GPU.",
     )
+    add_device(parser)
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="default: sgd, plain descent")
     parser.add_argument("--epochs", type=positive, default=EPOCHS, metavar="N", help=f"default: {EPOCHS}")
     parser.add_argument("--learning-rate", type=float, metavar="RATE", help="default: the optimizer's own")
@@ -48,44 +49,54 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require_device("demo", args.device)
     require("demo", "demo", rich="rich", matplotlib="matplotlib", sklearn="scikit-learn")
     from rich.console import Console
 
     from fusednorm.cli.demo import show
 
     console = Console(highlight=False)
-    digits = load_digits(args.seed)
+    digits = load_digits(args.seed).to(args.device)
     optimizer = OPTIMIZERS[args.optimizer]
     rate = optimizer.default_rate if args.learning_rate is None else args.learning_rate
     console.print(
         f"[bold]Handwritten digits[/], {len(digits.images)} to learn from, {len(digits.held_out_images)} held out. "
-        f"{optimizer.__name__}, learning rate {rate:g}, seed {args.seed}.\n",
+        f"{optimizer.__name__}, learning rate {rate:g}, seed {args.seed}, {args.device}.\n",
         soft_wrap=True,
     )
     histories, networks = {}, {}
     # Layers of 64 × 100 are too small to share; and the threads of our kernels and of NumPy's matrix products, in turn
     # waiting for work on the same cores, would be in each other's way. (threadpoolctl comes with scikit-learn.)
-    with importlib.import_module("threadpoolctl").threadpool_limits(1):
+    with importlib.import_module("threadpoolctl").threadpool_limits(1), arrays.on(args.device):
         for title, depth, activation, epochs in (
             ("Six sigmoid layers", 6, "sigmoid", args.epochs),
             ("Two ReLU layers: where batch norm is not needed", 2, "relu", min(CONTROL_EPOCHS, args.epochs)),
         ):
             console.print(f"[bold]{title}[/], accuracy on the held-out digits")
-            pair = {name: network.network(depth, activation, name == "normalized", args.seed) for name in show.NAMES}
+            pair = {
+                name: network.network(depth, activation, name == "normalized", args.seed, args.device)
+                for name in show.NAMES
+            }
             runs = {
                 name: network.train(each, optimizer(each.parameters(), rate), digits, epochs, args.seed)
                 for name, each in pair.items()
             }
             histories[title], networks[title] = _contest(console, runs, epochs), pair
         deep = networks["Six sigmoid layers"]
-        images, labels = digits.held_out_images, digits.held_out_labels
-        guesses = {name: network.predict(trained, images) for name, trained in deep.items()}
+        images = digits.held_out_images
+        guesses = {name: arrays.moved(network.predict(trained, images), "cpu") for name, trained in deep.items()}
 
     console.print("[bold]Held-out digits[/], and what the two deep networks take them for\n")
-    show.digits(console, images[:8], labels[:8], {name: guess[:8] for name, guess in guesses.items()})
+    first = digits.to("cpu")
+    show.digits(
+        console,
+        first.held_out_images[:8],
+        first.held_out_labels[:8],
+        {name: guess[:8] for name, guess in guesses.items()},
+    )
     if not args.skip_timing:
-        _times(console)
-        _accuracy(console)
+        _times(console, args.device)
+        _accuracy(console, args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "fusednorm-demo.png"
     show.figure(histories, path)
@@ -125,36 +136,46 @@ def _contest(console: Console, runs: dict[str, Iterator[network.Epoch]], epochs:
     return histories
 
 
-def _times(console: Console) -> None:
+def _times(console: Console, device: str) -> None:
     """One training step of a large layer, forward and backward, beside others and beside copying the tensor."""
     shape = (32, 64, 112, 112)
+    cpu = device == "cpu"
     console.print(
         f"[bold]Forward and backward of one layer[/], {'×'.join(map(str, shape))} float32, "
-        f"{np.prod(shape) * 4 / 1e6:.0f} MB, {fusednorm.get_num_threads()} threads",
+        f"{np.prod(shape) * 4 / 1e6:.0f} MB, {f'{fusednorm.get_num_threads()} threads' if cpu else device}",
         soft_wrap=True,
     )
-    with console.status("NumPy needs a moment"):
-        forward, backward = bench.run([Case(name="demo", shape=shape)], machine=bench.Cpu(with_reference=True))["rows"]
+    others = (
+        {"torch": "PyTorch", "reference": "NumPy, from the formulas, float64"}
+        if cpu
+        else {"native": "PyTorch", "cudnn": "PyTorch with cuDNN", "cupy": "CuPy, from the formulas"}
+    )
+    machine = bench.Cpu(with_reference=True) if cpu else bench.Gpu(device)
+    with console.status("A moment, results are checked first"):
+        forward, backward = bench.run([Case(name="demo", shape=shape)], machine=machine)["rows"]
     wrong = forward["wrong"] + backward["wrong"]
     if wrong:
         console.print(f"[red]not timed, the results are wrong: {'; '.join(wrong)}[/]")
         return
     console.print(f"[dim]{'milliseconds':<34}{'forward':>10}{'backward':>10}{'both':>10}{'/ ours':>10}[/]")
     ours = forward["ms"]["ours"]["median"] + backward["ms"]["ours"]["median"]
-    for name, text in (("ours", "fusednorm"), ("torch", "PyTorch"), ("reference", "NumPy, from the formulas, float64")):
+    digits = 1 if cpu else 3
+    for name, text in ({"ours": "fusednorm"} | others).items():
         if name not in forward["ms"]:
             console.print(f"{text:<34}{'absent':>10}", style="dim")
             continue
         each = [row["ms"][name]["median"] for row in (forward, backward)]
-        numbers = "".join(f"{ms:>10.1f}" for ms in (*each, sum(each), sum(each) / ours))
-        console.print(f"{text:<34}{numbers}", style="bold" if name == "ours" else None)
-    console.print(f"{'copying the tensor once':<34}{forward['ms']['copy']['median']:>10.1f}")
+        numbers = "".join(f"{ms:>10.{digits}f}" for ms in (*each, sum(each)))
+        console.print(f"{text:<34}{numbers}{sum(each) / ours:>10.1f}", style="bold" if name == "ours" else None)
+    console.print(f"{'copying the tensor once':<34}{forward['ms']['copy']['median']:>10.{digits}f}")
     console.print()
 
 
-def _accuracy(console: Console) -> None:
+def _accuracy(console: Console, device: str) -> None:
     """The error of y against float64, where the mean is 0 and where it is a million standard deviations away."""
     torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+    if torch and device != "cpu" and not torch.cuda.is_available():
+        torch = None
     console.print("[bold]Largest error of y[/] against float64, 16×32×56×56 float32")
     console.print(f"[dim]{'':<34}{'fusednorm':>12}{'PyTorch':>12}[/]")
     for layout, shape, axis in (("channels first", (16, 32, 56, 56), 1), ("channels last", (16, 56, 56, 32), -1)):
@@ -166,11 +187,13 @@ def _accuracy(console: Console) -> None:
             def error(y: Array, true: Array = true) -> str:
                 return f"{np.max(np.abs(y - true)):>12.1e}"
 
-            ours = error(fusednorm.batch_norm_forward(inputs.x, axis=axis)[0])
+            ours = error(
+                arrays.moved(fusednorm.batch_norm_forward(arrays.moved(inputs.x, device), axis=axis)[0], "cpu")
+            )
             theirs = f"{'absent':>12}"
             if torch:
-                x = torch.moveaxis(torch.from_numpy(inputs.x), axis, 1)
+                x = torch.moveaxis(torch.from_numpy(inputs.x).to(device), axis, 1)
                 y = torch.nn.functional.batch_norm(x, None, None, training=True)
-                theirs = error(torch.moveaxis(y, 1, axis).numpy())
+                theirs = error(torch.moveaxis(y, 1, axis).cpu().numpy())
             console.print(f"{layout}, mean/σ = {offset:<7g}".ljust(34) + ours + theirs)
     console.print()

@@ -1,5 +1,7 @@
 """Networks small enough to read: dense layers, activations, batch normalization, and the loop that trains them.
 
+NumPy's functions on CuPy's arrays are CuPy's, so the same lines compute on a GPU: only what makes arrays asks where.
+
 Every layer is called with x of shape (N, inputs), and its backward with dL/d(its output); that leaves the gradients of
 its parameters in ``weight_grad`` and ``bias_grad``, the names that :class:`fusednorm.BatchNorm` uses.
 """
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 import fusednorm
+from fusednorm import arrays
 from fusednorm.cli.demo.optimizers import SGD
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -37,11 +40,11 @@ class Layer(Protocol):
 class Dense:
     """z = x·weight + bias."""
 
-    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator, *, bias: bool = True) -> None:
+    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator, device: str, *, bias: bool = True) -> None:
         # Glorot & Bengio (2010): signals and gradients keep their variance through a layer.
         limit = np.sqrt(6 / (inputs + outputs))
-        self.weight = rng.uniform(-limit, limit, (inputs, outputs)).astype(np.float32)
-        self.bias = np.zeros(outputs, np.float32) if bias else None
+        self.weight = arrays.moved(rng.uniform(-limit, limit, (inputs, outputs)).astype(np.float32), device)
+        self.bias = arrays.moved(np.zeros(outputs, np.float32), device) if bias else None
         self.weight_grad: Array | None = None
         self.bias_grad: Array | None = None
 
@@ -116,18 +119,20 @@ class Network:
                 layer.train(mode)
 
 
-def hidden(inputs: int, activation: str, normalized: bool, rng: np.random.Generator) -> list[Layer]:
+def hidden(inputs: int, activation: str, normalized: bool, rng: np.random.Generator, device: str) -> list[Layer]:
     """One hidden layer. Normalization takes the mean out again, so the dense layer before it needs no bias."""
     if normalized:
-        return [Dense(inputs, WIDTH, rng, bias=False), fusednorm.BatchNorm(WIDTH, activation=activation)]
-    return [Dense(inputs, WIDTH, rng), Sigmoid() if activation == "sigmoid" else ReLU()]
+        dense = Dense(inputs, WIDTH, rng, device, bias=False)
+        return [dense, fusednorm.BatchNorm(WIDTH, activation=activation, device=device)]
+    return [Dense(inputs, WIDTH, rng, device), Sigmoid() if activation == "sigmoid" else ReLU()]
 
 
-def network(depth: int, activation: str, normalized: bool, seed: int) -> Network:
+def network(depth: int, activation: str, normalized: bool, seed: int, device: str = "cpu") -> Network:
     """`depth` hidden layers and one that gives the ten scores. The same seed gives both kinds the same weights."""
     rng = np.random.default_rng(seed)
-    layers = [layer for i in range(depth) for layer in hidden(WIDTH if i else PIXELS, activation, normalized, rng)]
-    return Network([*layers, Dense(WIDTH, CLASSES, rng)])
+    sizes = (PIXELS, *[WIDTH] * (depth - 1))
+    layers = [layer for inputs in sizes for layer in hidden(inputs, activation, normalized, rng, device)]
+    return Network([*layers, Dense(WIDTH, CLASSES, rng, device)])
 
 
 def softmax(z: Array) -> Array:
@@ -140,8 +145,8 @@ def softmax(z: Array) -> Array:
 def log_likelihood(z: Array, labels: Array) -> tuple[float, Array]:
     """The loss −mean(log ŷ[label]) and its gradient dz = (ŷ − y)/N, where y is 1 at the label and 0 elsewhere."""
     dz = softmax(z)
-    each = np.arange(len(labels))
-    loss = -float(np.mean(np.log(dz[each, labels] + 1e-12)))
+    each = arrays.namespace(z).arange(len(labels))
+    loss = -float(np.log(dz[each, labels] + 1e-12).mean())
     dz[each, labels] -= 1
     return loss, dz / len(labels)
 
@@ -162,6 +167,9 @@ class Digits(NamedTuple):
     held_out_images: Array
     held_out_labels: Array
 
+    def to(self, device: str) -> Digits:
+        return Digits(*(arrays.moved(array, device) for array in self))
+
 
 class Epoch(NamedTuple):
     loss: float  # mean over the batches seen in training
@@ -176,10 +184,11 @@ def train(network: Network, optimizer: SGD, digits: Digits, epochs: int, seed: i
     whole = len(digits.images) // BATCH * BATCH
     for _ in range(epochs):
         losses = []
-        for batch in rng.permutation(len(digits.images))[:whole].reshape(-1, BATCH):
+        batches = rng.permutation(len(digits.images))[:whole].reshape(-1, BATCH)
+        for batch in arrays.moved(batches, arrays.device(digits.images)):
             loss, dz = log_likelihood(network(digits.images[batch]), digits.labels[batch])
             network.backward(dz)
             optimizer.step(network.gradients())
             losses.append(loss)
         right = predict(network, digits.held_out_images) == digits.held_out_labels
-        yield Epoch(float(np.mean(losses)), float(np.mean(right)))
+        yield Epoch(float(np.mean(losses)), float(right.mean()))
