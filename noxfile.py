@@ -91,7 +91,7 @@ def cuda(session: nox.Session) -> None:
     else:
         session.log("no nvcc found: its part is skipped")
     install(session, ".[test]", FUSEDNORM_CUDA="EMULATED")
-    session.run("pytest", "-q", "tests/test_cuda.py", *session.posargs)
+    session.run("pytest", "-q", "tests/test_cuda.py", "tests/test_cuda_cli.py", *session.posargs)
 
 
 @nox.session

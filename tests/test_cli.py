@@ -222,6 +222,12 @@ def test_rounds_are_interleaved() -> None:
     assert re.fullmatch("a{2}b{2}(a+b+){3}", "".join(order))
 
 
+def test_a_call_of_several_computations_is_timed_by_each() -> None:
+    contender = Contender("two", lambda: None, count=2)
+    assert interleaved([contender], repeat=1, clock=lambda call, calls: 0.5 * calls) == {"two": [250.0]}
+    assert interleaved([contender], repeat=1, clock=lambda call, calls: 5.0 * calls) == {"two": [2500.0]}
+
+
 def test_demo_trains_and_saves_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("rich")

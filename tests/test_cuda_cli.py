@@ -174,6 +174,26 @@ def test_bench_fills_large_tensors_without_repeating_itself(monkeypatch: pytest.
         assert all(row["wrong"] == [] for row in bench.measure(case, machine=machine, repeat=1))
 
 
+def test_bench_goes_on_after_a_case_that_raises(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = fusednorm.batch_norm_backward
+
+    def raises(dy: Any, *args: Any, **options: Any) -> Any:
+        if dy.ndim == 2:
+            raise RuntimeError("cudaErrorUnknown")
+        return right(dy, *args, **options)
+
+    monkeypatch.setattr(fusednorm, "batch_norm_backward", raises)
+    file = tmp_path / "results.json"
+    shapes = ["--shape", "4,6", "--shape", "4,6,5", "--layout", "first", "--pass", "eval"]
+    assert main(["bench", "--device", "cuda", "--markdown", "--repeat", "1", *shapes, "--json", str(file)]) == 1
+    results = json.loads(file.read_text())
+    assert [row["shape"] for row in results["rows"]] == [[4, 6, 5]]
+    assert results["failed"] == ["4x6-axis1-float32: RuntimeError: cudaErrorUnknown"]
+    assert "1 cases FAILED, the first of them 4x6-axis1-float32" in capsys.readouterr().out
+
+
 def test_bench_says_what_was_left_out() -> None:
     cases = [Case("first", (4, 6)), Case("second", (4, 6)), Case("huge", (1 << 20, 1 << 20))]
     with_time = bench.run(cases[2:], machine=bench.Gpu("cuda:0"))

@@ -6,7 +6,7 @@
      "pass": "forward", "activation": ..., "residual": ..., "checked": [3, 64], "wrong": [],
      "ms": {"copy": {"median": ..., "p10": ..., "p90": ...}, "ours_out": ..., "ours": ..., "torch_out": ..., ...},
      "ratios": {"ours_out/copy": {...}, "torch_out/ours_out": {...}, "torch/ours": {...}}}],
-     "left_out": ["why a case was not measured", ...]}
+     "left_out": ["why a case was not measured", ...], "failed": ["what a case raised", ...]}
 
 ``checked``: how many channels of how many were compared with float64; ``wrong``: what was not as it should be. Rows of
 a GPU have other contenders and more to tell: :mod:`fusednorm.bench.gpu`.
@@ -118,7 +118,7 @@ def run(
     """
     begin = perf_counter()
     rows: list[Row] = []
-    left_out = []
+    left_out, failed = [], []
     with machine or Cpu() as place:
         where = environment()
         for case in cases:
@@ -127,9 +127,12 @@ def run(
             elif not place.has_room(case):
                 left_out.append(f"{case.name}: too large for the memory")
             else:
-                rows += measure(case, passes, machine=place, repeat=repeat, report=report)
+                try:
+                    rows += measure(case, passes, machine=place, repeat=repeat, report=report)
+                except Exception as error:  # what was measured before is not lost
+                    failed.append(f"{case.name}: {type(error).__name__}: {error}")
         where |= place.environment()
-    return {"environment": where, "rows": rows, "left_out": left_out}
+    return {"environment": where, "rows": rows, "left_out": left_out, "failed": failed}
 
 
 def measure(

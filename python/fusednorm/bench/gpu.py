@@ -21,7 +21,7 @@ import importlib.util
 import math
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -103,6 +103,7 @@ class Gpu:
         self.within = ExitStack()
         self.within.enter_context(arrays.on(self.device))
         self.properties = cupy.cuda.runtime.getDeviceProperties(number)
+        self.bus = cupy.cuda.Device(number).pci_bus_id
         stream = cupy.cuda.Stream(non_blocking=True)
         self.within.enter_context(stream)
         self.torch, self.without_torch = _pytorch()
@@ -114,7 +115,8 @@ class Gpu:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clear()
+        with suppress(RuntimeError):  # after a kernel failed no call succeeds; what was measured before is still wanted
+            self._clear()
         self.within.close()
 
     def environment(self) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Gpu:
             "cuda_of_cupy": runtime.runtimeGetVersion(),
             "cupy": self.cupy.__version__,
             "cudnn": torch.backends.cudnn.version() if torch else None,
-            **_nvidia_smi(self.cupy.cuda.Device().pci_bus_id),
+            **_nvidia_smi(self.bus),
         }
 
     def has_room(self, case: Case) -> bool:

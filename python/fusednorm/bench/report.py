@@ -191,9 +191,10 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"{', '.join(eager)} could not be recorded in {count} rows: timed call by call")
     reasons = dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.get("absent", {}).items())
     lines += [f"left out in some rows: {reason}" for reason in reasons]
-    left_out = results.get("left_out", ())
-    if left_out:
-        lines.append(f"{len(left_out)} cases were not measured, the first of them {left_out[0]}")
+    for key, text in (("left_out", "were not measured"), ("failed", "FAILED")):
+        names = results.get(key, ())
+        if names:
+            lines.append(f"{len(names)} cases {text}, the first of them {names[0]}")
     return lines
 
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         results = json.loads(Path(args.results).read_text())
     else:
         results = _measure(args)
-        if not results["rows"]:
+        if not any(results[key] for key in ("rows", "left_out", "failed")):
             print("no benchmark case fits these options", file=sys.stderr)
             return 2
     if args.json:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         print(bench.table(results), end="")
     else:
         _show(results)
-    return 1 if any(row["wrong"] for row in results["rows"]) else 0
+    return 1 if any(row["wrong"] for row in results["rows"]) or results.get("failed") else 0
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
