@@ -136,7 +136,7 @@ class Graph:
 class Event:
     """Launches are done when they return: the host's clock is the device's."""
 
-    def record(self, stream: Stream | None = None) -> None:
+    def record(self, stream: Stream) -> None:
         self.time = time.perf_counter()
 
     def synchronize(self) -> None:

@@ -104,12 +104,11 @@ class Gpu:
         self.within.enter_context(arrays.on(self.device))
         self.properties = cupy.cuda.runtime.getDeviceProperties(number)
         self.bus = cupy.cuda.Device(number).pci_bus_id
-        stream = cupy.cuda.Stream(non_blocking=True)
-        self.within.enter_context(stream)
+        self.stream = self.within.enter_context(cupy.cuda.Stream(non_blocking=True))
         self.torch, self.without_torch = _pytorch()
         if self.torch:
             self.within.enter_context(self.torch.cuda.device(number))
-            theirs = self.torch.cuda.ExternalStream(stream.ptr, device=number)
+            theirs = self.torch.cuda.ExternalStream(self.stream.ptr, device=number)
             self.within.enter_context(self.torch.cuda.stream(theirs))
         self.start, self.stop = cupy.cuda.Event(), cupy.cuda.Event()
         return self
@@ -183,7 +182,7 @@ class Gpu:
             try:
                 contender = make()
                 contender.call()
-                self.cupy.cuda.get_current_stream().synchronize()
+                self.stream.synchronize()
             except Exception as error:
                 if name in OURS:
                     raise
@@ -312,13 +311,13 @@ class Gpu:
                 call()
 
         all_of_them()  # so that nothing is set up, compiled or first allocated while recording
-        self.cupy.cuda.get_current_stream().synchronize()
+        self.stream.synchronize()
         if name == "cupy":
             return Contender(name, all_of_them, count=len(calls))
         try:
             replay = (self._torch_graph if name in TORCH else self._cupy_graph)(all_of_them)
             replay()
-            self.cupy.cuda.get_current_stream().synchronize()
+            self.stream.synchronize()
         except Exception:
             eager.append(name)
             replay = all_of_them
@@ -348,10 +347,10 @@ class Gpu:
 
     def _elapsed(self, call: Callable[[], Any], calls: int) -> float:
         """Seconds of the device."""
-        self.start.record()
+        self.start.record(self.stream)
         for _ in range(calls):
             call()
-        self.stop.record()
+        self.stop.record(self.stream)
         self.stop.synchronize()
         milliseconds: float = self.cupy.cuda.get_elapsed_time(self.start, self.stop)
         return milliseconds / 1e3
@@ -362,7 +361,7 @@ class Gpu:
         for _ in range(calls):
             call()
         seconds = perf_counter() - start
-        self.cupy.cuda.get_current_stream().synchronize()
+        self.stream.synchronize()
         return seconds
 
     def _on_chip(self) -> int:
