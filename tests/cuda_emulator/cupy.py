@@ -518,8 +518,8 @@ def ones_like(a: ndarray, dtype: Any = None, order: str = "K") -> ndarray:
     return full_like(a, 1, dtype, order)
 
 
-def arange(stop: int) -> ndarray:
-    return array(np.arange(stop))
+def arange(*limits: Any, dtype: Any = None) -> ndarray:
+    return array(np.arange(*limits, dtype=dtype))
 
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: Any = "K") -> ndarray:
