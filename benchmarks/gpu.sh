@@ -6,7 +6,7 @@
 #
 #     build         pip install, for the GPUs of this machine
 #     environment   what is here
-#     tests         tests/test_cuda*.py: CuPy arrays against the float64 reference
+#     tests         tests/test_cuda.py and test_cuda_cli.py, the slow ones too: CuPy arrays against float64
 #     memcheck      those of test_cuda.py that are not slow, each array in memory of its own; racecheck, initcheck and
 #     racecheck     synccheck on CASES, below. They need compute-sanitizer, of the CUDA toolkit or of pip's
 #     initcheck     nvidia-cuda-sanitizer-api. After each an error is planted, which must be caught
@@ -23,7 +23,7 @@ exec </dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 ALL=(build environment tests memcheck racecheck initcheck synccheck selftest bench)
-LIMITS=(200 20 110 100 70 40 40 100 480)
+LIMITS=(180 20 130 100 70 40 40 100 480)
 # Of small cases some for each way to share the work: one block, clusters of 4 and 8, whole grids; rows and columns, all
 # dtypes, masks, ghost batches.
 CASES="37x17-axis1 or 3x3x1023-axis1-float32 or 3x5x1025-axis1-float16 or 3x5x1025-axis1-bfloat16 or 1x3x32769 or \
@@ -61,7 +61,7 @@ environment() {
 }
 
 # Warnings of other libraries fail nothing here.
-tests() { "$python" -m pytest -q -W default -p no:cacheprovider tests/test_cuda.py tests/test_cuda_cli.py; }
+tests() { "$python" -m pytest -q --slow -W default -p no:cacheprovider tests/test_cuda.py tests/test_cuda_cli.py; }
 
 # pytest with CuPy's memory pool off: within its chunks the sanitizer would see no border between arrays.
 without_pool='import sys, cupy, pytest; cupy.cuda.set_allocator(None); sys.exit(pytest.main(sys.argv[1:]))'
