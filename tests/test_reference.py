@@ -51,6 +51,23 @@ def central_difference(function: Callable[[Float64], float], at: Float64, step: 
     return gradient
 
 
+def check_quotients(
+    forward: Callable[..., tuple[Float64, ...]],
+    variables: dict[str, Float64],
+    gradients: tuple[Float64, ...],
+    dy: Float64,
+) -> None:
+    """``gradients``, in the order of ``variables``, against difference quotients of ``sum(dy * y)``."""
+    for gradient, name in zip(gradients, variables, strict=True):
+
+        def loss(value: Float64, name: str = name) -> float:
+            return float(np.sum(dy * forward(**variables | {name: value})[0]))
+
+        quotient = central_difference(loss, variables[name])
+        assert gradient.shape == quotient.shape, name
+        np.testing.assert_allclose(gradient, quotient, rtol=1e-7, atol=1e-8, err_msg=name)
+
+
 def check_gradients(
     shape: tuple[int, ...],
     axis: int,
@@ -75,15 +92,10 @@ def check_gradients(
     assert len(gradients) == 3 + residual
     by_name = dict(zip(("x", "weight", "bias", "residual"), gradients, strict=False))
 
-    for name in names:
+    def forward(**changed: Float64) -> tuple[Float64, ...]:
+        return reference.batch_norm_forward(**changed, **running, **options, activation=activation)
 
-        def loss(value: Float64, name: str = name) -> float:
-            changed = variables | {name: value}
-            y, _, _ = reference.batch_norm_forward(**changed, **running, **options, activation=activation)
-            return float(np.sum(arrays["dy"] * y))
-
-        quotient = central_difference(loss, variables[name])
-        np.testing.assert_allclose(by_name[name], quotient, rtol=1e-7, atol=1e-8, err_msg=name)
+    check_quotients(forward, variables, tuple(by_name[name] for name in names), arrays["dy"])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -470,9 +482,9 @@ def test_errors() -> None:
         reference.batch_norm_forward(np.zeros((2, 4)), ghost_batch_size=0)
     with pytest.raises(ValueError, match=r"mask must have .*, \(2, 5\), got \(2, 4\)"):
         reference.batch_norm_forward(np.zeros((2, 4, 5)), mask=np.zeros((2, 4)))
-    with pytest.raises(ValueError, match="residual must have the shape of x"):
+    with pytest.raises(ValueError, match=r"residual must have shape \(2, 4\), got \(2, 5\)"):
         reference.batch_norm_forward(np.zeros((2, 4)), residual=np.zeros((2, 5)))
-    with pytest.raises(ValueError, match="dy must have the shape of x"):
+    with pytest.raises(ValueError, match=r"dy must have shape \(2, 4\), got \(2, 5\)"):
         reference.batch_norm_backward(np.zeros((2, 5)), np.zeros((2, 4)), np.zeros(4), np.ones(4))
 
 

@@ -21,6 +21,9 @@ sums in dx come from::
     dx      = rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n)
 
 Where the statistics are constants (evaluation, a frozen layer) the two sums vanish: dx = rstd * g.
+
+Under a mask only the counted elements make the statistics, but every element uses them: the sums of the backward pass
+run over *all* elements, and reach dx through the counted ones; n is the count.
 """
 
 from __future__ import annotations
@@ -35,6 +38,56 @@ Float64: TypeAlias = NDArray[np.float64]
 Activation: TypeAlias = str | tuple[str, float] | None
 
 LEAKY_RELU_SLOPE = 0.01
+
+
+# Statistics and parameters have length 1 along the axes that they are shared over, so they broadcast over x; and their
+# shapes say what a sum runs over.
+
+
+def _sum_to(values: Float64, shape: tuple[int, ...]) -> Float64:
+    """Sums over the axes along which ``shape`` has length 1, or that it lacks in front: a broadcast's way back."""
+    padded = (1,) * (values.ndim - len(shape)) + shape
+    axes = [axis for axis, length in enumerate(padded) if length == 1]
+    # The summed elements lie side by side in `rows`: NumPy then adds them pairwise, which rounds less than in a chain.
+    rows = np.ascontiguousarray(np.moveaxis(values, axes, list(range(-len(axes), 0))))
+    kept = rows.shape[: values.ndim - len(axes)]
+    sums: Float64 = rows.reshape(*kept, math.prod(rows.shape[len(kept) :])).sum(axis=-1)
+    return sums.reshape(shape)
+
+
+def _moments(
+    x: Float64, axes: tuple[int, ...], counted: NDArray[np.bool_] | bool = True
+) -> tuple[NDArray[np.int_], Float64, Float64]:
+    """Count, mean and biased variance over ``axes``, which are kept with length 1; of no element, 0 and 0."""
+    counted = np.broadcast_to(counted, x.shape)
+    count = counted.sum(axis=axes, keepdims=True)
+    n = np.maximum(count, 1)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        mean = _sum_to(np.where(counted, x, 0.0), count.shape) / n
+        # The sum rounds in proportion to |mean|; what is left of it shows in the deviations, and is added back.
+        mean = mean + _sum_to(np.where(counted, x - mean, 0.0), count.shape) / n
+        variance = _sum_to(np.where(counted, x - mean, 0.0) ** 2, count.shape) / n
+    return count, mean, variance
+
+
+def _gradients(
+    dy: Float64,
+    xhat: Float64,
+    rstd: Float64,
+    weight: Float64,
+    counted: NDArray[np.bool_] | bool = True,
+) -> tuple[Float64, Float64, Float64]:
+    """``dx, dweight, dbias`` of ``y = weight * xhat + bias``.
+
+    ``counted`` are the elements that made the statistics: none if these were constants.
+    """
+    counted = np.broadcast_to(counted, xhat.shape)
+    n = np.maximum(_sum_to(counted.astype(np.float64), rstd.shape), 1)
+    g = weight * dy
+    through_mean = _sum_to(g, rstd.shape) / n
+    through_var = xhat * _sum_to(g * xhat, rstd.shape) / n
+    dx = rstd * (g - np.where(counted, through_mean + through_var, 0.0))
+    return dx, _sum_to(dy * xhat, weight.shape), _sum_to(dy, weight.shape)
 
 
 def moments(
@@ -60,20 +113,10 @@ def moments(
         ValueError: an axis given twice.
     """
     axes = axes if isinstance(axes, tuple) else (axes,)
-    # The reduced elements lie side by side in `rows`: NumPy then adds them pairwise, which rounds less than in a chain.
-    rows = np.moveaxis(np.asarray(x, dtype=np.float64), axes, tuple(range(-len(axes), 0)))
-    kept = rows.ndim - len(axes)
-    n = math.prod(rows.shape[kept:])
-    rows = rows.reshape(*rows.shape[:kept], n)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = rows.sum(axis=-1, keepdims=True) / n
-        # The sum rounds in proportion to |mean|; what is left of it shows in the deviations, and is added back.
-        mean = mean + (rows - mean).sum(axis=-1, keepdims=True) / n
-        variance = ((rows - mean) ** 2).sum(axis=-1) / max(n - correction, 0)
-    mean = mean[..., 0]
-    if keepdims:
-        return np.expand_dims(mean, axes), np.expand_dims(variance, axes)
-    return mean, variance
+    count, mean, variance = _moments(np.asarray(x, dtype=np.float64), axes)
+    mean = np.where(count > 0, mean, np.nan)
+    variance = np.where(count > correction, variance * count / np.maximum(count - correction, 1), np.nan)
+    return (mean, variance) if keepdims else (np.squeeze(mean, axes), np.squeeze(variance, axes))
 
 
 def activate(pre: ArrayLike, activation: Activation) -> Float64:
@@ -210,44 +253,34 @@ def batch_norm_forward(
             statistics missing in evaluation.
     """
     x = _channels_second(x, axis)
-    residual = None if residual is None else _channels_second(residual, axis)
+    weight, bias = _per_channel(weight, "weight", x, 1.0), _per_channel(bias, "bias", x, 0.0)
+    residual = np.zeros_like(x) if residual is None else _alike(residual, "residual", x, axis)
+    needed = "" if training else "training=False"
+    stored_mean, stored_var = _running(running_mean, running_var, x, needed)
+    batches, counted = _batches(x, ghost_batch_size), _counted(x, mask)
     channels = x.shape[1]
-    batches = _batches(x, ghost_batch_size)
-    counted = _counted(x, mask)
     for batch in batches:
         if training and x[batch].size == channels > 0:
             size = np.moveaxis(x, 1, axis).shape
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running is not None and running.shape != (channels,):
-            raise ValueError(f"{name} should contain {channels} elements not {running.size}")
     if training and eps <= 0:
         raise ValueError(f"batch_norm eps must be positive, but got {eps}")
 
-    mean = np.zeros((len(batches), channels))
-    rstd = np.zeros((len(batches), channels))
-    xhat = np.zeros_like(x)
+    y, mean, rstd = np.zeros_like(x), np.zeros((len(batches), channels)), np.zeros((len(batches), channels))
     for index, batch in enumerate(batches):
+        batch_mean, batch_var = stored_mean, stored_var
         if training:
-            rows = np.moveaxis(x[batch], 1, 0)[:, counted[batch]]
-            count = rows.shape[1]
-            batch_mean, batch_var = moments(rows, 1) if count > 0 else (np.zeros(channels), np.zeros(channels))
-            if count > 1:
-                _update(running_mean, batch_mean, momentum)
-                _update(running_var, batch_var * count / (count - 1), momentum)
-        elif running_mean is None or running_var is None:
-            raise ValueError("Expected running_mean and running_var to be defined when training=False")
-        else:
-            batch_mean = np.asarray(running_mean, dtype=np.float64)
-            batch_var = np.asarray(running_var, dtype=np.float64)
-        mean[index] = batch_mean
-        rstd[index] = 1 / np.sqrt(batch_var + eps)
-        xhat[batch] = (x[batch] - _along(mean[index], x)) * _along(rstd[index], x)
+            count, batch_mean, batch_var = _moments(x[batch], (0, *range(2, x.ndim)), counted[batch])
+        batch_rstd = 1 / np.sqrt(batch_var + eps)
+        xhat = (x[batch] - batch_mean) * batch_rstd
+        y[batch] = activate(weight * xhat + bias + residual[batch], activation)
+        mean[index], rstd[index] = batch_mean.ravel(), batch_rstd.ravel()
+        if training:
+            _update(running_mean, running_var, count, batch_mean, batch_var, momentum)
 
-    y = np.moveaxis(activate(_affine(xhat, weight, bias, residual), activation), 1, axis)
     if ghost_batch_size is None:
         mean, rstd = mean[0], rstd[0]
-    return np.ascontiguousarray(y), mean, rstd
+    return _channels_back(y, axis), mean, rstd
 
 
 def batch_norm_backward(
@@ -267,9 +300,6 @@ def batch_norm_backward(
 ) -> tuple[Float64, ...]:
     """Gradients of :func:`batch_norm_forward`.
 
-    With a mask the sums run over *all* elements, because every output used the statistics, but they reach dx only
-    through the counted elements, because only these made the statistics; n is then their count.
-
     Args:
         dy: gradient of the loss with respect to ``y``, the shape of ``x``.
         x, weight, bias, residual, axis, activation, ghost_batch_size, mask: as in the forward call. ``bias`` and
@@ -286,37 +316,25 @@ def batch_norm_backward(
         ValueError: a shape that does not fit.
     """
     x = _channels_second(x, axis)
-    dy = _channels_second(dy, axis)
-    residual = None if residual is None else _channels_second(residual, axis)
-    if dy.shape != x.shape:
-        raise ValueError("dy must have the shape of x")
-    batches = _batches(x, ghost_batch_size)
-    counted = _counted(x, mask)
-    mean = np.asarray(mean, dtype=np.float64).reshape(len(batches), x.shape[1])
-    rstd = np.asarray(rstd, dtype=np.float64).reshape(len(batches), x.shape[1])
+    dy = _alike(dy, "dy", x, axis)
+    weight, bias = _per_channel(weight, "weight", x, 1.0), _per_channel(bias, "bias", x, 0.0)
+    batches, counted = _batches(x, ghost_batch_size), _counted(x, mask) & training
+    saved = (x.shape[1],) if ghost_batch_size is None else (len(batches), x.shape[1])
+    broadcast = (len(batches), 1, x.shape[1], *[1] * (x.ndim - 2))
+    mean = _shaped(mean, "mean", saved).reshape(broadcast)
+    rstd = _shaped(rstd, "rstd", saved).reshape(broadcast)
+    added = np.zeros_like(x) if residual is None else _alike(residual, "residual", x, axis)
 
-    xhat = np.zeros_like(x)
+    dx, u = np.zeros_like(x), np.zeros_like(x)
+    dweight, dbias = np.zeros_like(weight), np.zeros_like(bias)
     for index, batch in enumerate(batches):
-        xhat[batch] = (x[batch] - _along(mean[index], x)) * _along(rstd[index], x)
-    u = dy * activation_derivative(_affine(xhat, weight, bias, residual), activation)
-    g = u if weight is None else u * _along(weight, x)
-
-    dx = np.zeros_like(x)
-    for index, batch in enumerate(batches):
-        correction = np.zeros_like(x[batch])
-        count = np.count_nonzero(counted[batch])
-        if training and count > 0:
-            sum_g = _channel_sums(g[batch])
-            sum_g_xhat = _channel_sums(g[batch] * xhat[batch])
-            correction = _along(sum_g / count, x) + xhat[batch] * _along(sum_g_xhat / count, x)
-            correction = correction * counted[batch][:, None]
-        dx[batch] = _along(rstd[index], x) * (g[batch] - correction)
-
-    dweight = _channel_sums(u * xhat)
-    dbias = _channel_sums(u)
-    dx = np.ascontiguousarray(np.moveaxis(dx, 1, axis))
-    dresidual = np.ascontiguousarray(np.moveaxis(u, 1, axis))
-    return (dx, dweight, dbias) if residual is None else (dx, dweight, dbias, dresidual)
+        xhat = (x[batch] - mean[index]) * rstd[index]
+        u[batch] = dy[batch] * activation_derivative(weight * xhat + bias + added[batch], activation)
+        gradients = _gradients(u[batch], xhat, rstd[index], weight, counted[batch])
+        dx[batch] = gradients[0]
+        dweight, dbias = dweight + gradients[1], dbias + gradients[2]
+    results = _channels_back(dx, axis), dweight.ravel(), dbias.ravel()
+    return results if residual is None else (*results, _channels_back(u, axis))
 
 
 def _name_and_slope(activation: Activation) -> tuple[str | None, float]:
@@ -334,12 +352,64 @@ def _sigmoid(pre: Float64) -> Float64:
     return sigmoid
 
 
+def _shaped(value: ArrayLike, name: str, shape: tuple[int, ...]) -> Float64:
+    value = np.asarray(value, dtype=np.float64)
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+    return value
+
+
 def _channels_second(x: ArrayLike, axis: int) -> Float64:
     """``x`` with the channels on axis 1; the first of the other axes, the samples, comes to be axis 0."""
     x = np.asarray(x, dtype=np.float64)
     if x.ndim < 2:
         raise ValueError(f"expected at least 2D input (got {x.ndim}D input)")
     return np.moveaxis(x, axis, 1)
+
+
+def _channels_back(y: Float64, axis: int) -> Float64:
+    return np.ascontiguousarray(np.moveaxis(y, 1, axis))
+
+
+def _alike(value: ArrayLike, name: str, x: Float64, axis: int) -> Float64:
+    """An array with the shape that ``x`` was given in, its channels brought to axis 1 like those of ``x``."""
+    return np.moveaxis(_shaped(value, name, np.moveaxis(x, 1, axis).shape), axis, 1)
+
+
+def _per_channel(parameter: ArrayLike | None, name: str, x: Float64, default: float) -> Float64:
+    """A ``(C,)`` parameter in a shape that broadcasts over ``x``, its channels on axis 1."""
+    channels = x.shape[1]
+    value = np.asarray(np.full(channels, default) if parameter is None else parameter, dtype=np.float64)
+    if value.size != channels:
+        raise ValueError(f"{name} should contain {channels} elements not {value.size}")
+    return value.reshape(channels, *[1] * (x.ndim - 2))
+
+
+def _running(
+    running_mean: NDArray[Any] | None, running_var: NDArray[Any] | None, x: Float64, needed: str
+) -> tuple[Float64, Float64]:
+    """Running statistics in shapes that broadcast over ``x``; ``needed`` says when they must be there, if they must."""
+    if needed and (running_mean is None or running_var is None):
+        raise ValueError(f"Expected running_mean and running_var to be defined when {needed}")
+    return _per_channel(running_mean, "running_mean", x, 0.0), _per_channel(running_var, "running_var", x, 1.0)
+
+
+def _update(
+    running_mean: NDArray[Any] | None,
+    running_var: NDArray[Any] | None,
+    count: NDArray[np.int_],
+    mean: Float64,
+    var: Float64,
+    momentum: float,
+) -> None:
+    """Moves the running statistics, in place, by the average over axis 0 of those that at least two elements made."""
+    several = count > 1
+    if not several.any():
+        return
+    for running, new in ((running_mean, mean), (running_var, var * count / np.maximum(count - 1, 1))):
+        if running is not None:
+            average = (new.sum(axis=0, where=several) / several.sum(axis=0)).reshape(running.shape)
+            running[...] = (1 - momentum) * np.asarray(running, dtype=np.float64) + momentum * average
 
 
 def _batches(x: Float64, ghost_batch_size: int | None) -> list[slice]:
@@ -352,40 +422,9 @@ def _batches(x: Float64, ghost_batch_size: int | None) -> list[slice]:
 
 
 def _counted(x: Float64, mask: ArrayLike | None) -> NDArray[np.bool_]:
-    """Which elements enter the statistics, in the shape of ``x`` without the channels."""
+    """Which elements enter the statistics, in a shape that broadcasts over ``x``, its channels on axis 1."""
     shape = (x.shape[0], *x.shape[2:])
     counted = np.ones(shape, dtype=np.bool_) if mask is None else np.asarray(mask, dtype=np.bool_)
     if counted.shape != shape:
         raise ValueError(f"mask must have the shape of x without its channels, {shape}, got {counted.shape}")
-    return counted
-
-
-def _along(parameter: ArrayLike, x: Float64) -> Float64:
-    """A ``(C,)`` parameter in a shape that broadcasts over ``x``."""
-    return np.asarray(parameter, dtype=np.float64).reshape(1, x.shape[1], *[1] * (x.ndim - 2))
-
-
-def _affine(xhat: Float64, weight: ArrayLike | None, bias: ArrayLike | None, residual: Float64 | None) -> Float64:
-    pre = xhat
-    if weight is not None:
-        pre = pre * _along(weight, xhat)
-    if bias is not None:
-        pre = pre + _along(bias, xhat)
-    if residual is not None:
-        if residual.shape != xhat.shape:
-            raise ValueError("residual must have the shape of x")
-        pre = pre + residual
-    return pre
-
-
-def _channel_sums(values: Float64) -> Float64:
-    # One row per channel, so that NumPy adds pairwise; see moments.
-    channels = values.shape[1]
-    rows = np.moveaxis(values, 1, 0).reshape(channels, values.size // max(channels, 1))
-    sums: Float64 = rows.sum(axis=1)
-    return sums
-
-
-def _update(running: NDArray[Any] | None, new: Float64, momentum: float) -> None:
-    if running is not None:
-        running[...] = (1 - momentum) * np.asarray(running, dtype=np.float64) + momentum * new
+    return np.expand_dims(counted, 1)
