@@ -1,5 +1,5 @@
-"""The reference and the list of cases, checked without the extension: finite differences, PyTorch, and the properties
-that batch normalization has on paper."""
+"""The reference and the list of cases, checked without the extension: finite differences, PyTorch, plain loops, and the
+properties that the norms have on paper."""
 
 from __future__ import annotations
 
@@ -51,6 +51,23 @@ def central_difference(function: Callable[[Float64], float], at: Float64, step: 
     return gradient
 
 
+def check_quotients(
+    forward: Callable[..., tuple[Float64, ...]],
+    variables: dict[str, Float64],
+    gradients: tuple[Float64, ...],
+    dy: Float64,
+) -> None:
+    """``gradients``, in the order of ``variables``, against difference quotients of ``sum(dy * y)``."""
+    for gradient, name in zip(gradients, variables, strict=True):
+
+        def loss(value: Float64, name: str = name) -> float:
+            return float(np.sum(dy * forward(**variables | {name: value})[0]))
+
+        quotient = central_difference(loss, variables[name])
+        assert gradient.shape == quotient.shape, name
+        np.testing.assert_allclose(gradient, quotient, rtol=1e-7, atol=1e-8, err_msg=name)
+
+
 def check_gradients(
     shape: tuple[int, ...],
     axis: int,
@@ -75,15 +92,10 @@ def check_gradients(
     assert len(gradients) == 3 + residual
     by_name = dict(zip(("x", "weight", "bias", "residual"), gradients, strict=False))
 
-    for name in names:
+    def forward(**changed: Float64) -> tuple[Float64, ...]:
+        return reference.batch_norm_forward(**changed, **running, **options, activation=activation)
 
-        def loss(value: Float64, name: str = name) -> float:
-            changed = variables | {name: value}
-            y, _, _ = reference.batch_norm_forward(**changed, **running, **options, activation=activation)
-            return float(np.sum(arrays["dy"] * y))
-
-        quotient = central_difference(loss, variables[name])
-        np.testing.assert_allclose(by_name[name], quotient, rtol=1e-7, atol=1e-8, err_msg=name)
+    check_quotients(forward, variables, tuple(by_name[name] for name in names), arrays["dy"])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -470,9 +482,9 @@ def test_errors() -> None:
         reference.batch_norm_forward(np.zeros((2, 4)), ghost_batch_size=0)
     with pytest.raises(ValueError, match=r"mask must have .*, \(2, 5\), got \(2, 4\)"):
         reference.batch_norm_forward(np.zeros((2, 4, 5)), mask=np.zeros((2, 4)))
-    with pytest.raises(ValueError, match="residual must have the shape of x"):
+    with pytest.raises(ValueError, match=r"residual must have shape \(2, 4\), got \(2, 5\)"):
         reference.batch_norm_forward(np.zeros((2, 4)), residual=np.zeros((2, 5)))
-    with pytest.raises(ValueError, match="dy must have the shape of x"):
+    with pytest.raises(ValueError, match=r"dy must have shape \(2, 4\), got \(2, 5\)"):
         reference.batch_norm_backward(np.zeros((2, 5)), np.zeros((2, 4)), np.zeros(4), np.ones(4))
 
 
@@ -481,6 +493,680 @@ def test_integers_and_half_types_are_taken() -> None:
     y, _, _ = reference.batch_norm_forward(x)
     assert y.dtype == np.float64
     np.testing.assert_array_equal(reference.batch_norm_forward(x.astype(np.float16))[0], y)
+
+
+# The family.
+
+SPATIAL = [((3, 6, 4), 1), ((3, 2, 2, 6), -1), ((6, 3, 4), 0), ((2, 3, 6, 2), 2)]
+LAYERS = [((5, 4), 4), ((2, 3, 4), (4,)), ((2, 3, 4), (3, 4)), ((3, 4), (3, 4)), ((2, 1, 3, 2), (3, 2))]
+# An eps for difference quotients of statistics of few elements, whose variance may be next to 0.
+SMOOTH = 0.1
+KEPT = [((4, 3, 2), 0), ((4, 3, 2), 1), ((4, 3, 2), -1), ((4, 3), None), ((5,), 0), ((5,), None), ((1, 3), 0)]
+
+
+def draw_layer(shape: tuple[int, ...], normalized_shape: Any) -> dict[str, Float64]:
+    rng = np.random.default_rng(0)
+    return {
+        "x": 3 + 2 * rng.standard_normal(shape),
+        "dy": rng.standard_normal(shape),
+        "weight": 1 + 0.5 * rng.standard_normal(normalized_shape),
+        "bias": rng.standard_normal(normalized_shape),
+    }
+
+
+def draw_switchable(shape: tuple[int, ...], axis: int) -> dict[str, Float64]:
+    return draw(shape, axis) | {"mean_logits": np.array([0.3, -0.8, 0.9]), "var_logits": np.array([-0.2, 0.7, 0.1])}
+
+
+def draw_direction(shape: tuple[int, ...], dim: int | None) -> dict[str, Float64]:
+    rng = np.random.default_rng(0)
+    kept = () if dim is None else tuple(n if a == dim % len(shape) else 1 for a, n in enumerate(shape))
+    return {"v": rng.standard_normal(shape), "g": np.asarray(1 + rng.random(kept)), "dw": rng.standard_normal(shape)}
+
+
+def pick(arrays: dict[str, Float64], *names: str) -> dict[str, Any]:
+    return {name: arrays[name].copy() for name in names}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("use_input_stats", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), SPATIAL)
+def test_gradients_of_instance_norm(shape: tuple[int, ...], axis: int, use_input_stats: bool, masked: bool) -> None:
+    arrays = draw(shape, axis)
+    options: dict[str, Any] = {"use_input_stats": use_input_stats, "axis": axis}
+    options["mask"] = draw_mask(shape, axis) if masked else None
+
+    def forward(**variables: Float64) -> tuple[Float64, ...]:
+        running = pick(arrays, "running_mean", "running_var")
+        return reference.instance_norm_forward(**variables, **running, **options, eps=SMOOTH)
+
+    variables = pick(arrays, "x", "weight", "bias")
+    _, mean, rstd = forward(**variables)
+    gradients = reference.instance_norm_backward(arrays["dy"], arrays["x"], mean, rstd, arrays["weight"], **options)
+    check_quotients(forward, variables, gradients, arrays["dy"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 6])
+@pytest.mark.parametrize(("shape", "axis"), [((3, 6), 1), ((6, 3), 0), *SPATIAL])
+def test_gradients_of_group_norm(shape: tuple[int, ...], axis: int, num_groups: int, masked: bool) -> None:
+    arrays = draw(shape, axis)
+    options: dict[str, Any] = {"axis": axis, "mask": draw_mask(shape, axis) if masked else None}
+
+    def forward(**variables: Float64) -> tuple[Float64, ...]:
+        return reference.group_norm_forward(num_groups=num_groups, **variables, **options, eps=SMOOTH)
+
+    variables = pick(arrays, "x", "weight", "bias")
+    _, mean, rstd = forward(**variables)
+    assert mean.shape == rstd.shape == (2 if shape[0] == 2 else 3, num_groups)
+    gradients = reference.group_norm_backward(arrays["dy"], arrays["x"], mean, rstd, arrays["weight"], **options)
+    check_quotients(forward, variables, gradients, arrays["dy"])
+
+
+@pytest.mark.parametrize(("shape", "normalized_shape"), LAYERS)
+def test_gradients_of_layer_norm(shape: tuple[int, ...], normalized_shape: Any) -> None:
+    arrays = draw_layer(shape, normalized_shape)
+
+    def forward(**variables: Float64) -> tuple[Float64, ...]:
+        return reference.layer_norm_forward(normalized_shape=normalized_shape, **variables)
+
+    variables = pick(arrays, "x", "weight", "bias")
+    _, mean, rstd = forward(**variables)
+    gradients = reference.layer_norm_backward(arrays["dy"], arrays["x"], mean, rstd, arrays["weight"])
+    check_quotients(forward, variables, gradients, arrays["dy"])
+
+
+@pytest.mark.parametrize(("shape", "normalized_shape"), LAYERS)
+def test_gradients_of_rms_norm(shape: tuple[int, ...], normalized_shape: Any) -> None:
+    arrays = draw_layer(shape, normalized_shape)
+
+    def forward(**variables: Float64) -> tuple[Float64, ...]:
+        return reference.rms_norm_forward(normalized_shape=normalized_shape, eps=SMOOTH, **variables)
+
+    variables = pick(arrays, "x", "weight")
+    _, rstd = forward(**variables)
+    gradients = reference.rms_norm_backward(arrays["dy"], arrays["x"], rstd, arrays["weight"])
+    check_quotients(forward, variables, gradients, arrays["dy"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((5, 3), 1), ((1, 3, 2), 1), ((4, 1, 3), 1), *SPATIAL])
+def test_gradients_of_switchable_norm(shape: tuple[int, ...], axis: int, training: bool) -> None:
+    arrays = draw_switchable(shape, axis)
+    logits = arrays["mean_logits"], arrays["var_logits"]
+
+    def forward(**variables: Float64) -> tuple[Float64, ...]:
+        running = pick(arrays, "running_mean", "running_var")
+        return reference.switchable_norm_forward(**variables, **running, training=training, axis=axis)
+
+    variables = pick(arrays, "x", "weight", "bias", "mean_logits", "var_logits")
+    _, *saved = forward(**variables)
+    gradients = reference.switchable_norm_backward(
+        arrays["dy"], arrays["x"], *saved, *logits, arrays["weight"], training=training, axis=axis
+    )
+    check_quotients(forward, variables, gradients, arrays["dy"])
+
+
+@pytest.mark.parametrize(("shape", "dim"), KEPT)
+def test_gradients_of_weight_norm(shape: tuple[int, ...], dim: int | None) -> None:
+    arrays = draw_direction(shape, dim)
+
+    def forward(**variables: Float64) -> tuple[Float64, ...]:
+        return reference.weight_norm_forward(**variables, dim=dim)
+
+    variables = pick(arrays, "v", "g")
+    _, norm = forward(**variables)
+    gradients = reference.weight_norm_backward(arrays["dw"], arrays["v"], arrays["g"], norm, dim)
+    check_quotients(forward, variables, gradients, arrays["dw"])
+
+
+def autograd(function: Callable[..., Any], arrays: dict[str, Float64], dy: Float64) -> tuple[Any, dict[str, Float64]]:
+    """``y`` and the gradients that PyTorch finds."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensors = {name: torch.tensor(array, requires_grad=True) for name, array in arrays.items()}
+    y = function(**tensors)
+    y.backward(torch.tensor(dy))
+    return y.detach().numpy(), {name: tensor.grad.numpy() for name, tensor in tensors.items()}
+
+
+def agree(got: tuple[Float64, ...], expected: dict[str, Float64]) -> None:
+    for gradient, (name, wanted) in zip(got, expected.items(), strict=True):
+        assert gradient.shape == wanted.shape, name
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("use_input_stats", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), SPATIAL)
+def test_instance_norm_agrees_with_torch(shape: tuple[int, ...], axis: int, use_input_stats: bool) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    arrays = draw(shape, axis)
+    running = {name: torch.tensor(arrays[name]) for name in ("running_mean", "running_var")}
+
+    def function(x: Any, weight: Any, bias: Any) -> Any:
+        second = x.movedim(axis, 1)
+        y = torch.nn.functional.instance_norm(second, *running.values(), weight, bias, use_input_stats, 0.3, 1e-3)
+        return y.movedim(1, axis)
+
+    wanted, gradients = autograd(function, pick(arrays, "x", "weight", "bias"), arrays["dy"])
+    moved = pick(arrays, "running_mean", "running_var")
+    y, mean, rstd = reference.instance_norm_forward(
+        **pick(arrays, "x", "weight", "bias"),
+        **moved,
+        use_input_stats=use_input_stats,
+        momentum=0.3,
+        eps=1e-3,
+        axis=axis,
+    )
+    np.testing.assert_allclose(y, wanted, rtol=1e-12, atol=1e-12)
+    for name, tensor in running.items():
+        np.testing.assert_allclose(moved[name], tensor.numpy(), rtol=1e-12, err_msg=name)
+    options: dict[str, Any] = {"use_input_stats": use_input_stats, "axis": axis}
+    agree(
+        reference.instance_norm_backward(arrays["dy"], arrays["x"], mean, rstd, arrays["weight"], **options), gradients
+    )
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+@pytest.mark.parametrize(("shape", "axis"), [((3, 6), 1), *SPATIAL])
+def test_group_norm_agrees_with_torch(shape: tuple[int, ...], axis: int, num_groups: int) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    arrays = draw(shape, axis)
+
+    def function(x: Any, weight: Any, bias: Any) -> Any:
+        y = torch.nn.functional.group_norm(x.movedim(axis, 1), num_groups, weight, bias, 1e-3)
+        return y.movedim(1, axis)
+
+    variables = pick(arrays, "x", "weight", "bias")
+    wanted, gradients = autograd(function, variables, arrays["dy"])
+    y, mean, rstd = reference.group_norm_forward(num_groups=num_groups, **variables, eps=1e-3, axis=axis)
+    np.testing.assert_allclose(y, wanted, rtol=1e-12, atol=1e-12)
+    agree(reference.group_norm_backward(arrays["dy"], arrays["x"], mean, rstd, arrays["weight"], axis=axis), gradients)
+
+
+@pytest.mark.parametrize(("shape", "normalized_shape"), LAYERS)
+def test_layer_and_rms_norm_agree_with_torch(shape: tuple[int, ...], normalized_shape: Any) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    arrays = draw_layer(shape, normalized_shape)
+    lengths = np.atleast_1d(normalized_shape).tolist()
+
+    def layer_norm(x: Any, weight: Any, bias: Any) -> Any:
+        return torch.nn.functional.layer_norm(x, lengths, weight, bias, 1e-3)
+
+    variables = pick(arrays, "x", "weight", "bias")
+    wanted, gradients = autograd(layer_norm, variables, arrays["dy"])
+    y, mean, rstd = reference.layer_norm_forward(normalized_shape=normalized_shape, **variables, eps=1e-3)
+    np.testing.assert_allclose(y, wanted, rtol=1e-12, atol=1e-12)
+    assert mean.shape == rstd.shape == shape[: len(shape) - len(lengths)]
+    agree(reference.layer_norm_backward(arrays["dy"], arrays["x"], mean, rstd, arrays["weight"]), gradients)
+
+    for eps in (None, 1e-3):
+
+        def rms_norm(x: Any, weight: Any, eps: float | None = eps) -> Any:
+            return torch.nn.functional.rms_norm(x, lengths, weight, eps)
+
+        variables = pick(arrays, "x", "weight")
+        wanted, gradients = autograd(rms_norm, variables, arrays["dy"])
+        y, rstd = reference.rms_norm_forward(normalized_shape=normalized_shape, **variables, eps=eps)
+        np.testing.assert_allclose(y, wanted, rtol=1e-12, atol=1e-12)
+        assert rstd.shape == shape[: len(shape) - len(lengths)]
+        agree(reference.rms_norm_backward(arrays["dy"], arrays["x"], rstd, arrays["weight"]), gradients)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [(shape, dim) for shape, dim in KEPT if dim is None or dim >= 0])
+def test_weight_norm_agrees_with_torch(shape: tuple[int, ...], dim: int | None) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    arrays = draw_direction(shape, dim)
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.tensor(arrays["v"]))
+    torch.nn.utils.parametrizations.weight_norm(layer, dim=dim)
+    g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    w, norm = reference.weight_norm_forward(arrays["v"], arrays["g"], dim)
+    np.testing.assert_allclose(norm, g.detach().numpy(), rtol=1e-14)  # PyTorch starts with w = v
+    assert norm.shape == g.shape
+    with torch.no_grad():
+        g.copy_(torch.tensor(arrays["g"]))
+    layer.weight.backward(torch.tensor(arrays["dw"]))
+    np.testing.assert_allclose(w, layer.weight.detach().numpy(), rtol=1e-13)
+    gradients = reference.weight_norm_backward(arrays["dw"], arrays["v"], arrays["g"], norm, dim)
+    agree(gradients, {"v": v.grad.numpy(), "g": g.grad.numpy()})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), SPATIAL)
+def test_switchable_norm_by_loops(shape: tuple[int, ...], axis: int, training: bool) -> None:
+    arrays = draw_switchable(shape, axis)
+    running = pick(arrays, "running_mean", "running_var")
+    y, means, variances, rstd = reference.switchable_norm_forward(
+        **pick(arrays, "x", "mean_logits", "var_logits", "weight", "bias"),
+        **running,
+        training=training,
+        momentum=0.3,
+        eps=1e-3,
+        axis=axis,
+    )
+    p = [math.exp(logit) / sum(map(math.exp, arrays["mean_logits"])) for logit in arrays["mean_logits"]]
+    q = [math.exp(logit) / sum(map(math.exp, arrays["var_logits"])) for logit in arrays["var_logits"]]
+    x, y = np.moveaxis(arrays["x"], axis, 1), np.moveaxis(y, axis, 1)
+    for c in range(x.shape[1]):
+        old_mean, old_var = arrays["running_mean"][c], arrays["running_var"][c]
+        for n in range(x.shape[0]):
+            parts = [x[n, c], x[n], x[:, c]]
+            three = [(part.mean(), part.var()) for part in parts]
+            if not training:
+                three[2] = old_mean, old_var
+            mean = sum(weight * one for weight, (one, _) in zip(p, three, strict=True))
+            var = sum(weight * one for weight, (_, one) in zip(q, three, strict=True))
+            expected = arrays["weight"][c] * (x[n, c] - mean) / math.sqrt(var + 1e-3) + arrays["bias"][c]
+            np.testing.assert_allclose(y[n, c], expected, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(means[:, n, c], [one for one, _ in three], rtol=1e-13)
+            np.testing.assert_allclose(variances[:, n, c], [one for _, one in three], rtol=1e-13)
+            np.testing.assert_allclose(rstd[n, c], 1 / math.sqrt(var + 1e-3), rtol=1e-13)
+        new_mean = 0.7 * old_mean + 0.3 * x[:, c].mean() if training else old_mean
+        new_var = 0.7 * old_var + 0.3 * x[:, c].var(ddof=1) if training else old_var
+        np.testing.assert_allclose(running["running_mean"][c], new_mean, rtol=1e-13)
+        np.testing.assert_allclose(running["running_var"][c], new_var, rtol=1e-13)
+
+
+@pytest.mark.parametrize("num_groups", [2, 6])
+@pytest.mark.parametrize(("shape", "axis"), SPATIAL)
+def test_masked_groups_and_instances_by_loops(shape: tuple[int, ...], axis: int, num_groups: int) -> None:
+    arrays = draw(shape, axis)
+    mask = draw_mask(shape, axis)
+    mask[-1] = False
+    mask[-1].ravel()[1] = True  # one element: it moves no running statistic
+    running = pick(arrays, "running_mean", "running_var")
+    options: dict[str, Any] = {"eps": 1e-3, "axis": axis, "mask": mask}
+    y, mean, rstd = reference.group_norm_forward(arrays["x"], num_groups, arrays["weight"], arrays["bias"], **options)
+    if num_groups == 6:
+        y, mean, rstd = reference.instance_norm_forward(
+            arrays["x"], arrays["weight"], arrays["bias"], **running, momentum=0.3, **options
+        )
+    x, y = np.moveaxis(arrays["x"], axis, 1), np.moveaxis(y, axis, 1)
+    channels = 6 // num_groups
+    several = [n for n in range(x.shape[0]) if mask[n].sum() > 1]
+    for group in range(num_groups):
+        members = slice(group * channels, (group + 1) * channels)
+        selected = [x[n, members][:, mask[n]] for n in range(x.shape[0])]
+        for n, values in enumerate(selected):
+            np.testing.assert_allclose(mean[n, group], values.mean(), rtol=1e-13)
+            np.testing.assert_allclose(rstd[n, group], 1 / math.sqrt(values.var() + 1e-3), rtol=1e-12)
+            for c in range(members.start, members.stop):
+                expected = arrays["weight"][c] * (x[n, c] - values.mean()) / math.sqrt(values.var() + 1e-3)
+                np.testing.assert_allclose(y[n, c], expected + arrays["bias"][c], rtol=1e-11, atol=1e-12)
+        if num_groups == 6:
+            new_mean = np.mean([selected[n].mean() for n in several])
+            new_var = np.mean([selected[n].var(ddof=1) for n in several])
+            for name, new in (("running_mean", new_mean), ("running_var", new_var)):
+                expected = 0.7 * arrays[name][group] + 0.3 * new
+                np.testing.assert_allclose(running[name][group], expected, rtol=1e-13, err_msg=name)
+
+
+def every_norm(x: Float64, dy: Float64, weight: Float64, **options: Any) -> dict[str, tuple[Float64, ...]]:
+    """``y, dx`` of each norm that takes channels, here six of them; ``weight`` is theirs."""
+    eps = options.pop("eps", 1e-5)
+    results: dict[str, tuple[Float64, ...]] = {}
+    y, mean, rstd = reference.batch_norm_forward(x, weight, eps=eps, **options)
+    results["batch"] = y, reference.batch_norm_backward(dy, x, mean, rstd, weight, **options)[0]
+    y, mean, rstd = reference.instance_norm_forward(x, weight, eps=eps, **options)
+    results["instance"] = y, reference.instance_norm_backward(dy, x, mean, rstd, weight, **options)[0]
+    for groups in (1, 3):
+        y, mean, rstd = reference.group_norm_forward(x, groups, weight, eps=eps, **options)
+        results[f"group {groups}"] = y, reference.group_norm_backward(dy, x, mean, rstd, weight, **options)[0]
+    if "mask" not in options:
+        logits = np.array([0.3, -0.8, 0.9]), np.array([-0.2, 0.7, 0.1])
+        y, *saved = reference.switchable_norm_forward(x, *logits, weight, eps=eps, **options)
+        results["switchable"] = y, reference.switchable_norm_backward(dy, x, *saved, *logits, weight, **options)[0]
+    return results
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("axis", [0, 2, 3, -1, -3])
+def test_the_axis_is_only_a_place(axis: int, masked: bool) -> None:
+    arrays = draw((3, 6, 4, 2), 1)
+    mask: dict[str, Any] = {"mask": draw_mask((3, 6, 4, 2), 1)} if masked else {}
+    second = every_norm(arrays["x"], arrays["dy"], arrays["weight"], **mask)
+    x, dy = (np.ascontiguousarray(np.moveaxis(arrays[name], 1, axis)) for name in ("x", "dy"))
+    for name, results in every_norm(x, dy, arrays["weight"], axis=axis, **mask).items():
+        for result, expected in zip(results, second[name], strict=True):
+            assert result.flags.c_contiguous
+            np.testing.assert_array_equal(np.moveaxis(result, axis, 1), expected, err_msg=name)
+
+
+def test_shift_and_scale_change_nothing() -> None:
+    arrays = draw((3, 6, 4), 1)
+    x, dy, weight = (arrays[name] for name in ("x", "dy", "weight"))
+    plain = every_norm(x, dy, weight, eps=1e-16)
+    for name, (y, dx) in every_norm(7 * x - 20, dy, weight, eps=1e-16).items():
+        np.testing.assert_allclose(y, plain[name][0], rtol=1e-11, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(7 * dx, plain[name][1], rtol=1e-10, atol=1e-12, err_msg=name)
+
+    last = draw_layer((5, 4), 4)
+    y, mean, rstd = reference.layer_norm_forward(last["x"], 4, last["weight"], eps=1e-16)
+    moved, *saved = reference.layer_norm_forward(7 * last["x"] - 20, 4, last["weight"], eps=1e-16)
+    np.testing.assert_allclose(moved, y, rtol=1e-11)
+    dx, _, _ = reference.layer_norm_backward(last["dy"], last["x"], mean, rstd, last["weight"])
+    dx_moved, _, _ = reference.layer_norm_backward(last["dy"], 7 * last["x"] - 20, *saved, last["weight"])
+    np.testing.assert_allclose(7 * dx_moved, dx, rtol=1e-10, atol=1e-12)
+
+    y, rstd = reference.rms_norm_forward(last["x"], 4, last["weight"], eps=1e-16)
+    scaled, rstd_scaled = reference.rms_norm_forward(-7 * last["x"], 4, last["weight"], eps=1e-16)
+    np.testing.assert_allclose(scaled, -y, rtol=1e-13)
+    dx, _ = reference.rms_norm_backward(last["dy"], last["x"], rstd, last["weight"])
+    dx_scaled, _ = reference.rms_norm_backward(last["dy"], -7 * last["x"], rstd_scaled, last["weight"])
+    np.testing.assert_allclose(-7 * dx_scaled, -dx, rtol=1e-10, atol=1e-12)
+
+
+def test_dx_has_no_part_that_the_norm_takes_away() -> None:
+    # With eps = 0 a change of x along 1, or along x itself, does not change y.
+    arrays = draw((3, 6, 4), 1)
+    x, dy, weight = (arrays[name] for name in ("x", "dy", "weight"))
+    for name, (_, dx) in every_norm(x, dy, weight, eps=1e-16).items():
+        axes = {"batch": (0, 2), "instance": (2,), "group 1": (1, 2)}.get(name, (0, 1, 2))
+        np.testing.assert_allclose(dx.sum(axis=axes), 0, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose((dx * x).sum(axis=axes), 0, atol=1e-12, err_msg=name)
+    last = draw_layer((5, 4), 4)
+    _, mean, rstd = reference.layer_norm_forward(last["x"], 4, eps=1e-16)
+    dx, _, _ = reference.layer_norm_backward(last["dy"], last["x"], mean, rstd)
+    np.testing.assert_allclose([dx.sum(axis=1), (dx * last["x"]).sum(axis=1)], 0, atol=1e-12)
+    _, rstd = reference.rms_norm_forward(last["x"], 4, eps=1e-16)
+    dx, _ = reference.rms_norm_backward(last["dy"], last["x"], rstd)
+    np.testing.assert_allclose((dx * last["x"]).sum(axis=1), 0, atol=1e-12)
+    assert np.all(np.abs(dx.sum(axis=1)) > 1e-3)
+
+
+@pytest.mark.parametrize(("shape", "dim"), KEPT)
+def test_weight_norm_has_length_g(shape: tuple[int, ...], dim: int | None) -> None:
+    arrays = draw_direction(shape, dim)
+    w, norm = reference.weight_norm_forward(arrays["v"], arrays["g"], dim)
+    _, length = reference.weight_norm_forward(w, arrays["g"], dim)
+    np.testing.assert_allclose(length, arrays["g"], rtol=1e-14)
+    np.testing.assert_allclose(reference.weight_norm(5 * arrays["v"], arrays["g"], dim), w, rtol=1e-14)
+    dv, _ = reference.weight_norm_backward(arrays["dw"], arrays["v"], arrays["g"], norm, dim)
+    others = None if dim is None else tuple(axis for axis in range(len(shape)) if axis != dim % len(shape))
+    np.testing.assert_allclose(np.sum(dv * arrays["v"], axis=others), 0, atol=1e-14)
+
+
+def test_a_weight_without_direction_is_nan() -> None:
+    v = np.array([[0.0, 0.0], [3.0, 4.0]])
+    w, norm = reference.weight_norm_forward(v, np.array([[1.0], [10.0]]))
+    np.testing.assert_array_equal(w, [[np.nan, np.nan], [6.0, 8.0]])
+    dv, dg = reference.weight_norm_backward(np.ones((2, 2)), v, np.array([[1.0], [10.0]]), norm)
+    assert np.all(np.isnan(dv[0]))
+    assert np.all(np.isnan(dg[0]))
+    np.testing.assert_allclose(dv[1], [10 / 5 * (1 - 0.6 * 1.4), 10 / 5 * (1 - 0.8 * 1.4)], rtol=1e-14)
+    np.testing.assert_allclose(dg[1], [1.4], rtol=1e-15)
+
+
+def test_each_norm_is_another_in_the_limit() -> None:
+    arrays = draw((3, 6, 4), 1)
+    x, dy = arrays["x"], arrays["dy"]
+    results = every_norm(x, dy, np.ones(6))
+    y, mean, rstd = reference.group_norm_forward(x, 6)
+    as_group = y, reference.group_norm_backward(dy, x, mean, rstd)[0]
+    y, mean, rstd = reference.layer_norm_forward(x, (6, 4))
+    as_layer = y, reference.layer_norm_backward(dy, x, mean, rstd)[0]
+    alone = [every_norm(x[n : n + 1], dy[n : n + 1], np.ones(6))["batch"] for n in range(3)]
+    as_batch = tuple(np.concatenate(parts) for parts in zip(*alone, strict=True))
+    centered = x - x.mean(axis=(1, 2), keepdims=True)
+    y, rstd = reference.rms_norm_forward(centered, (6, 4), eps=1e-5)
+    for got, expected in (
+        *((got, results["instance"]) for got in (as_group, as_batch)),
+        (as_layer, results["group 1"]),
+        ((y,), results["group 1"][:1]),
+    ):
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("which", "name"), [*enumerate(("instance", "group 1", "batch"))])
+def test_a_switch_that_is_thrown(which: int, name: str) -> None:
+    arrays = draw((3, 6, 4), 1)
+    logits = np.full(3, -800.0)
+    logits[which] = 800.0
+    y, *saved = reference.switchable_norm_forward(arrays["x"], logits, logits, arrays["weight"])
+    dx, _, _, dmean_logits, dvar_logits = reference.switchable_norm_backward(
+        arrays["dy"], arrays["x"], *saved, logits, logits, arrays["weight"]
+    )
+    expected = every_norm(arrays["x"], arrays["dy"], arrays["weight"])[name]
+    np.testing.assert_allclose(y, expected[0], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(dx, expected[1], rtol=1e-11, atol=1e-13)
+    np.testing.assert_array_equal([dmean_logits, dvar_logits], 0)
+
+
+def test_logits_matter_by_their_differences() -> None:
+    arrays = draw_switchable((3, 6, 4), 1)
+    x, dy = arrays["x"], arrays["dy"]
+    y, *saved = reference.switchable_norm_forward(x, arrays["mean_logits"], arrays["var_logits"])
+    logits = arrays["mean_logits"] + 1000, arrays["var_logits"] - 1000
+    np.testing.assert_allclose(reference.switchable_norm_forward(x, *logits)[0], y, rtol=1e-11, atol=1e-12)
+    _, _, _, dmean_logits, dvar_logits = reference.switchable_norm_backward(dy, x, *saved, *logits)
+    np.testing.assert_allclose([dmean_logits.sum(), dvar_logits.sum()], 0, atol=1e-13)
+    assert np.all(np.abs([dmean_logits, dvar_logits]) > 1e-3)
+
+
+def test_absent_parameters_are_one_and_zero() -> None:
+    arrays = draw_switchable((3, 6, 4), 1)
+    x, dy, one, zero = arrays["x"], arrays["dy"], np.ones(6), np.zeros(6)
+    logits = arrays["mean_logits"], arrays["var_logits"]
+    calls: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]] = [
+        (reference.batch_norm_forward, reference.batch_norm_backward, (), ()),
+        (reference.instance_norm_forward, reference.instance_norm_backward, (), ()),
+        (reference.group_norm_forward, reference.group_norm_backward, (3,), ()),
+        (reference.switchable_norm_forward, reference.switchable_norm_backward, logits, logits),
+        (reference.layer_norm_forward, reference.layer_norm_backward, (4,), ()),
+        (reference.rms_norm_forward, reference.rms_norm_backward, (4,), ()),
+    ]
+    for forward, backward, before, saved_before in calls:
+        length = 4 if forward in (reference.layer_norm_forward, reference.rms_norm_forward) else 6
+        present = (one[:length],) if forward is reference.rms_norm_forward else (one[:length], zero[:length])
+        without, given = forward(x, *before), forward(x, *before, *present)
+        gradients = backward(dy, x, *without[1:], *saved_before)
+        gradients_given = backward(dy, x, *given[1:], *saved_before, present[0])
+        for absent, explicit in zip((*without, *gradients), (*given, *gradients_given), strict=True):
+            np.testing.assert_array_equal(absent, explicit, err_msg=forward.__name__)
+
+
+def test_the_short_functions_are_the_forwards() -> None:
+    arrays = draw_switchable((3, 6, 4), 1)
+    mask = draw_mask((3, 6, 4), 1)
+    x, weight, bias = arrays["x"], arrays["weight"], arrays["bias"]
+    affine = weight, bias
+    logits = arrays["mean_logits"], arrays["var_logits"]
+    for flag in (True, False):
+        running, running_too = (pick(arrays, "running_mean", "running_var") for _ in range(2))
+        y = reference.instance_norm(x, *running.values(), *affine, flag, 0.3, 1e-3, mask=mask)
+        options: dict[str, Any] = running_too | {"momentum": 0.3, "eps": 1e-3}
+        expected = reference.instance_norm_forward(x, *affine, **options, use_input_stats=flag, mask=mask)[0]
+        np.testing.assert_array_equal(y, expected)
+        y = reference.switchable_norm(x, *logits, *running.values(), *affine, flag, 0.3, 1e-3)
+        expected = reference.switchable_norm_forward(x, *logits, *affine, **options, training=flag)[0]
+        np.testing.assert_array_equal(y, expected)
+        for name, values in running.items():
+            np.testing.assert_array_equal(values, running_too[name])
+    np.testing.assert_array_equal(
+        reference.group_norm(x, 3, *affine, 1e-3, mask=mask),
+        reference.group_norm_forward(x, 3, *affine, 1e-3, mask=mask)[0],
+    )
+    weight, bias = weight[:4], bias[:4]
+    np.testing.assert_array_equal(
+        reference.layer_norm(x, 4, weight, bias, 1e-3), reference.layer_norm_forward(x, 4, weight, bias, 1e-3)[0]
+    )
+    np.testing.assert_array_equal(
+        reference.rms_norm(x, 4, weight, 1e-3), reference.rms_norm_forward(x, 4, weight, 1e-3)[0]
+    )
+
+
+def test_masks_of_all_and_of_nothing() -> None:
+    arrays = draw((3, 6, 4), 1)
+    x, dy, weight = arrays["x"], arrays["dy"], arrays["weight"]
+    plain = every_norm(x, dy, weight)
+    for name, results in every_norm(x, dy, weight, mask=np.ones((3, 4), dtype=bool)).items():
+        for one, other in zip(results, plain[name], strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=name)
+    for name, (y, dx) in every_norm(x, dy, weight, mask=np.zeros((3, 4), dtype=bool)).items():
+        np.testing.assert_allclose(y, weight[:, None] * x / math.sqrt(1e-5), rtol=1e-15, err_msg=name)
+        np.testing.assert_allclose(dx, weight[:, None] * dy / math.sqrt(1e-5), rtol=1e-15, err_msg=name)
+    running = pick(arrays, "running_mean", "running_var")
+    reference.instance_norm_forward(x, **running, mask=np.zeros((3, 4), dtype=bool))
+    for name, values in running.items():
+        np.testing.assert_array_equal(values, arrays[name])
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 4), (3, 6, 0)])
+def test_no_elements(shape: tuple[int, ...]) -> None:
+    x = np.zeros(shape)
+    running = {"running_mean": np.full(6, 2.0), "running_var": np.full(6, 5.0)}
+    zero = np.zeros(3)
+    rows = shape[:1]
+    results: dict[str, tuple[tuple[Float64, ...], tuple[Float64, ...]]] = {}
+    y, *saved = reference.instance_norm_forward(x, **running)
+    results["instance"] = (y, *saved), reference.instance_norm_backward(x, x, *saved)
+    y, *saved = reference.group_norm_forward(x, 3)
+    results["group"] = (y, *saved), reference.group_norm_backward(x, x, *saved)
+    y, *saved = reference.switchable_norm_forward(x, zero, zero, **running)
+    results["switchable"] = (y, *saved), reference.switchable_norm_backward(x, x, *saved, zero, zero)
+    y, *saved = reference.layer_norm_forward(x, shape[1:])
+    results["layer"] = (y, *saved), reference.layer_norm_backward(x, x, *saved)
+    y, *saved = reference.rms_norm_forward(x, shape[1:])
+    results["rms"] = (y, *saved), reference.rms_norm_backward(x, x, *saved)
+    for name, ((y, *saved), (dx, *gradients)) in results.items():
+        assert y.shape == dx.shape == shape, name
+        for gradient in gradients:
+            np.testing.assert_array_equal(gradient, 0, err_msg=name)
+        eps = np.finfo(np.float64).eps if name == "rms" else 1e-5
+        np.testing.assert_allclose(saved[-1], 1 / math.sqrt(eps), rtol=1e-15, err_msg=name)
+        assert [one.shape for one in saved] == {
+            "instance": [(*rows, 6)] * 2,
+            "group": [(*rows, 3)] * 2,
+            "switchable": [(3, *rows, 6)] * 2 + [(*rows, 6)],
+            "layer": [rows] * 2,
+            "rms": [rows],
+        }[name]
+    np.testing.assert_array_equal(running["running_mean"], 2)
+    np.testing.assert_array_equal(running["running_var"], 5)
+
+
+def test_the_eps_of_rms_norm_is_that_of_the_dtype() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    for dtype, eps in (
+        (np.float16, 2.0**-10),
+        (ml_dtypes.bfloat16, 2.0**-7),
+        (np.float32, 2.0**-23),
+        (np.float64, 2.0**-52),
+        (np.int32, 2.0**-52),
+    ):
+        _, rstd = reference.rms_norm_forward(np.zeros((2, 3), dtype), 3)
+        np.testing.assert_array_equal(rstd, np.full(2, 1 / math.sqrt(eps)))
+    _, rstd = reference.rms_norm_forward(np.zeros((2, 3), np.float16), 3, eps=0.25)
+    np.testing.assert_array_equal(rstd, [2.0, 2.0])
+
+
+def test_errors_of_the_family() -> None:
+    x, zero = np.zeros((2, 6, 4)), np.zeros(3)
+    n, g = np.zeros((2, 6)), np.zeros((2, 3))
+    per_channel: list[Callable[..., Any]] = [
+        lambda x, **options: reference.instance_norm_forward(x, **options),
+        lambda x, **options: reference.group_norm_forward(x, 3, **options),
+        lambda x, **options: reference.switchable_norm_forward(x, zero, zero, **options),
+    ]
+    for forward in per_channel:
+        with pytest.raises(ValueError, match="weight should contain 6 elements not 5"):
+            forward(x, weight=np.ones(5))
+        with pytest.raises(ValueError, match="bias should contain 6 elements not 5"):
+            forward(x, bias=np.ones(5))
+        with pytest.raises(ValueError, match=r"expected at least 2D input \(got 1D input\)"):
+            forward(np.zeros(4))
+        with pytest.raises(ValueError, match="axis 3 is out of bounds"):  # AxisError
+            forward(x, axis=3)
+    for forward in per_channel[:2]:
+        with pytest.raises(ValueError, match=r"mask must have .*, \(2, 4\), got \(2, 6\)"):
+            forward(x, mask=np.ones((2, 6), dtype=bool))
+
+    for size in ((2, 6, 1), (2, 6)):
+        with pytest.raises(ValueError, match="more than 1 spatial element when training, got input size") as caught:
+            reference.instance_norm_forward(np.zeros(size))
+        assert str(caught.value).endswith(str(size))
+    with pytest.raises(ValueError, match="and running_var to be defined when use_input_stats is false"):
+        reference.instance_norm_forward(x, running_mean=np.zeros(6), use_input_stats=False)
+    with pytest.raises(ValueError, match=r"num_channels \(6\) must be divisible by num_groups \(4\)"):
+        reference.group_norm_forward(x, 4)
+    with pytest.raises(ValueError, match=r"num_channels \(6\) must be divisible by num_groups \(4\)"):
+        reference.group_norm_backward(x, x, np.zeros((2, 4)), np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="Expected num groups to be greater than 0, got 0"):
+        reference.group_norm_forward(x, 0)
+    with pytest.raises(
+        ValueError, match=r"Expected more than 1 value per channel when training, got input size \(1, 6"
+    ):
+        reference.switchable_norm_forward(np.zeros((1, 6, 1)), zero, zero)
+    with pytest.raises(ValueError, match="and running_var to be defined when training=False"):
+        reference.switchable_norm_forward(x, zero, zero, running_mean=np.zeros(6), training=False)
+    with pytest.raises(ValueError, match=r"mean_logits must have shape \(3,\), got \(2,\)"):
+        reference.switchable_norm_forward(x, zero[:2], zero)
+    with pytest.raises(ValueError, match=r"var_logits must have shape \(3,\), got \(\)"):
+        reference.switchable_norm_forward(x, zero, 0.0)
+
+    trailing: list[Callable[..., Any]] = [reference.layer_norm_forward, reference.rms_norm_forward]
+    for forward in trailing:
+        with pytest.raises(ValueError, match=r"Given normalized_shape=\[5\], expected input with shape \[\*, 5\], but"):
+            forward(np.zeros((2, 6)), 5)
+        with pytest.raises(ValueError, match=r"expected input with shape \[\*, 2, 6\], but got input of size\[6\]"):
+            forward(np.zeros(6), [2, 6])
+        with pytest.raises(ValueError, match="Expected normalized_shape to be at least 1-dimensional"):
+            forward(np.zeros(6), ())
+        with pytest.raises(
+            ValueError,
+            match=r"Expected weight to be of same shape as normalized_shape, but got weight of shape \[5\] and "
+            r"normalized_shape = \[6\]",
+        ):
+            forward(np.zeros((2, 6)), 6, np.ones(5))
+    with pytest.raises(ValueError, match=r"Expected bias .* but got bias of shape \[6, 1\] and"):
+        reference.layer_norm_forward(np.zeros((2, 6)), 6, np.ones(6), np.ones((6, 1)))
+
+    backward: list[tuple[Callable[..., Any], tuple[Float64, ...], str]] = [
+        (reference.instance_norm_backward, (n, n), r"(\(2, 6\))"),
+        (reference.group_norm_backward, (g, g), r"(\(2, 3\))"),
+        (lambda dy, x, *saved: reference.switchable_norm_backward(dy, x, *saved, zero, zero),
+         (np.zeros((3, 2, 6)), np.zeros((3, 2, 6)), n), r"(\(3, 2, 6\)|\(2, 6\))"),
+        (reference.layer_norm_backward, (n, n), r"(\(2, 6\))"),
+        (reference.rms_norm_backward, (n,), r"(\(2, 6\))"),
+    ]  # fmt: skip
+    for function, saved, shape in backward:
+        with pytest.raises(ValueError, match=r"dy must have shape \(2, 6, 4\), got \(2, 6, 5\)"):
+            function(np.zeros((2, 6, 5)), x, *saved)
+        for index, array in enumerate(saved):
+            wrong = *saved[:index], np.zeros((7, *array.shape[1:])), *saved[index + 1 :]
+            with pytest.raises(ValueError, match=f"^(mean|rstd|means|variances) must have shape {shape}, got .7,"):
+                function(x, x, *wrong)
+
+    with pytest.raises(ValueError, match=r"g must have shape \(4, 1\), got \(4,\)"):
+        reference.weight_norm_forward(np.ones((4, 3)), np.ones(4))
+    with pytest.raises(ValueError, match=r"g must have shape \(\), got \(1, 1\)"):
+        reference.weight_norm_forward(np.ones((4, 3)), np.ones((1, 1)), None)
+    with pytest.raises(ValueError, match="axis 2 is out of bounds"):  # AxisError
+        reference.weight_norm_forward(np.ones((4, 3)), np.ones((4, 1)), 2)
+    with pytest.raises(ValueError, match=r"dw must have shape \(4, 3\), got \(3, 4\)"):
+        reference.weight_norm_backward(np.ones((3, 4)), np.ones((4, 3)), np.ones((4, 1)), np.ones((4, 1)))
+    with pytest.raises(ValueError, match=r"norm must have shape \(4, 1\), got \(4,\)"):
+        reference.weight_norm_backward(np.ones((4, 3)), np.ones((4, 3)), np.ones((4, 1)), np.ones(4))
+
+
+def test_errors_come_before_running_statistics_move() -> None:
+    x, zero = draw((3, 6, 4), 1)["x"], np.zeros(3)
+    running = {"running_mean": np.full(6, 2.0), "running_var": np.full(6, 5.0)}
+    short = {"running_mean": running["running_mean"], "running_var": np.ones(5)}
+    wrong: list[dict[str, Any]] = [running | {"weight": np.ones(5)}, running | {"bias": np.ones(5)}, short]
+    masks: list[dict[str, Any]] = [running | {"mask": np.ones((3, 6), dtype=bool)}]
+    for options in (*wrong, *masks):
+        with pytest.raises(ValueError, match=r"should contain 6 elements not 5|mask must have"):
+            reference.instance_norm_forward(x, **options)
+    for options in (*wrong, *masks, running | {"residual": x[:2]}, running | {"activation": "gelu"}):
+        with pytest.raises(ValueError, match=r"should contain 6|mask must have|residual must have|Expected activation"):
+            reference.batch_norm_forward(x, **options)
+    for options in wrong:
+        with pytest.raises(ValueError, match="should contain 6 elements not 5"):
+            reference.switchable_norm_forward(x, zero, zero, **options)
+    np.testing.assert_array_equal(running["running_mean"], 2)
+    np.testing.assert_array_equal(running["running_var"], 5)
 
 
 # The cases and their tolerances.
