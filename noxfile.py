@@ -92,6 +92,7 @@ def cuda(session: nox.Session) -> None:
         session.log("no nvcc found: its part is skipped")
     install(session, ".[test]", FUSEDNORM_CUDA="EMULATED")
     session.run("pytest", "-q", "tests/test_cuda.py", "tests/test_cuda_cli.py", *session.posargs)
+    session.run("pytest", "-q", "--slow", "tests/test_cuda_sanitizers.py")
 
 
 @nox.session
@@ -148,13 +149,13 @@ def gxx(session: nox.Session) -> str:
 
 
 def build_verbs(session: nox.Session, flags: list[str], more: list[str], link: list[str]) -> str:
-    """tests/sanitizers/verbs.cpp and the kernels of the least instruction set, as a program; its path."""
+    """tests/sanitizers/cpu.cpp and the kernels of the least instruction set, as a program; its path."""
     build = Path(session.create_tmp())
     isa = ["-march=x86-64-v2", "-DFUSEDNORM_ISA=v2"] if X86 else ["-DFUSEDNORM_ISA=baseline"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     flags = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Icsrc", *isa, *warnings, *flags]
     objects = []
-    for source in [*(f"tests/sanitizers/{name}.cpp" for name in ("kernels", "verbs", *more)),
+    for source in [*(f"tests/sanitizers/{name}.cpp" for name in ("kernels", "verbs", "cpu", *more)),
                    "csrc/cpu/host.cpp", "csrc/cpu/pool.cpp"]:  # fmt: skip
         objects.append(str(build / f"{Path(source).stem}.o"))
         session.run(gxx(session), *flags, "-fopenmp", "-c", source, "-o", objects[-1], external=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from fusednorm.testing import cases
 from fusednorm.testing.cases import CASES, Case
+from support import assert_same_bits
 from test_cases import marked, prepared, skip_what_is_missing
 
 STATE = fn.build_info()["cuda"]
@@ -47,6 +49,30 @@ def test_case(case: Case, device: int) -> None:
         got = cases.run(case, inputs, fn, to_device=on_device, to_host=cupy.asnumpy)
     wrong = [deviation for deviation in cases.compare(case, inputs, expected, got) if not deviation.ok]
     assert not wrong
+
+
+@pytest.mark.skipif(not EMULATED, reason="a GPU's schedule is its own")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [marked(case) for case in CASES if {"quick", "sanitize"} <= case.tags])
+def test_bits_do_not_depend_on_the_schedule(case: Case, device: int) -> None:
+    import emulator
+
+    skip_what_is_missing(case)
+    inputs, _ = prepared(case)
+    results = []
+    try:
+        for seed in (0, 1, 2):  # in order, by priority, at random
+            emulator.seed(seed)
+            with cupy.cuda.Device(device):
+                results.append(cases.run(case, inputs, fn, to_device=on_device, to_host=cupy.asnumpy))
+    finally:
+        emulator.seed(0)
+    for other in results[1:]:
+        for field in fields(other):
+            first, second = getattr(results[0], field.name), getattr(other, field.name)
+            assert (first is None) == (second is None)
+            if first is not None:
+                assert_same_bits(first, second, field.name)
 
 
 class Foreign:

@@ -4,10 +4,7 @@ the CuPy stand-in behave as CuPy's do."""
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from programs import EMULATOR, SANITIZERS, compiled, needs_gcc, outcome, run
 
-FOLDER = Path(__file__).parent / "cuda_emulator"
-SANITIZERS = {"plain": [], "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-              "tsan": ["-fsanitize=thread"]}  # fmt: skip
-
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("g++"), reason="the emulator needs Linux and g++"
-)
+pytestmark = needs_gcc
 
 # What each planted error is caught by, and the words of it. Results show an error under some schedules only.
 CAUGHT = {
@@ -45,20 +37,6 @@ SCHEDULES = {"plain": range(8), "asan": range(2), "tsan": range(2)}
 Build = Callable[[str], Path]
 
 
-def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Without the libraries that a sanitizer session preloads."""
-    clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | environment
-    return subprocess.run(
-        list(map(str, command)), env=clean, text=True, timeout=300, check=False, stdout=-1, stderr=subprocess.STDOUT
-    )
-
-
-def compiled(*arguments: str | Path) -> None:
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    done = run("g++", "-std=c++20", "-g", "-fPIC", "-pthread", *warnings, f"-I{FOLDER}", *arguments)
-    assert done.returncode == 0, done.stdout
-
-
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Compiles the controls, each way once; "library" is for Python."""
@@ -71,12 +49,12 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         emulator = [folder / "emu.o", folder / "runtime.o"]
         for path in emulator:
             if not path.exists():
-                compiled("-O2", "-c", FOLDER / f"{path.stem}.cpp", "-o", path)
+                compiled("-O2", "-c", EMULATOR / f"{path.stem}.cpp", "-o", path)
         if kind == "library":
-            compiled("-O1", "-shared", "-x", "c++", FOLDER / "controls.cu", "-x", "none", *emulator, "-o", target)
+            compiled("-O1", "-shared", "-x", "c++", EMULATOR / "controls.cu", "-x", "none", *emulator, "-o", target)
         else:
             flags = SANITIZERS[kind]
-            compiled("-O1", *flags, "-x", "c++", FOLDER / "controls.cu", "-x", "none", *emulator, "-o", target)
+            compiled("-O1", *flags, "-x", "c++", EMULATOR / "controls.cu", "-x", "none", *emulator, "-o", target)
         return target
 
     return built
@@ -92,15 +70,7 @@ def ways(caught: bool) -> list[Any]:
 
 def outputs(program: Path, kind: str, plant: str) -> list[tuple[int, str]]:
     """Exit codes and words under each schedule."""
-    # Older runtimes do not start where the kernel scatters addresses widely; containers may forbid to change that.
-    fixed = ["setarch", os.uname().machine, "-R"]
-    may = kind == "tsan" and shutil.which("setarch") and run(*fixed, "true").returncode == 0
-    found = []
-    for seed in SCHEDULES[kind]:
-        done = run(*(fixed if may else []), program, plant, FUSEDNORM_EMU_SEED=str(seed), FUSEDNORM_EMU_DEVICES="",
-                   ASAN_OPTIONS="detect_leaks=0", TSAN_OPTIONS="halt_on_error=1")  # fmt: skip
-        found.append((done.returncode, done.stdout))
-    return found
+    return [outcome(kind, program, plant, seed=seed) for seed in SCHEDULES[kind]]
 
 
 @pytest.mark.parametrize(("kind", "plant"), ways(caught=False))
@@ -132,7 +102,7 @@ def test_the_emulator_outlives_an_error(plant: str, build: Build) -> None:
 def emulator(build: Build) -> Iterator[Any]:
     """emulator.py, on a library that holds the controls."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
+        patch.syspath_prepend(str(EMULATOR))
         for name in ("cupy", "cupy.cuda", "emulator"):
             patch.delitem(sys.modules, name, raising=False)
         import emulator
@@ -147,7 +117,7 @@ def emulator(build: Build) -> Iterator[Any]:
 def cupy(emulator: Any) -> Any:
     import cupy
 
-    assert Path(cupy.__file__).parent == FOLDER
+    assert Path(cupy.__file__).parent == EMULATOR
     cupy.cuda.Device(0).use()
     return cupy
 
@@ -264,7 +234,7 @@ if pid == 0:
     os._exit(scale())
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
-    done = run(sys.executable, "-c", HOST.format(folder=str(FOLDER), library=str(build("library")), attempt=code))
+    done = run(sys.executable, "-c", HOST.format(folder=str(EMULATOR), library=str(build("library")), attempt=code))
     assert done.stdout.split() == [str(INITIALIZATION)], done.stdout
 
 
@@ -312,7 +282,7 @@ def test_a_graph_runs_when_it_is_launched(emulator: Any, cupy: Any) -> None:
     ids=["allowed", "from the host", "after its end", "all of it", "behind it"],
 )
 def test_device_memory_is_closed(attempt: str, caught: bool, build: Build) -> None:
-    done = run(sys.executable, "-c", HOST.format(folder=str(FOLDER), library=str(build("library")), attempt=attempt))
+    done = run(sys.executable, "-c", HOST.format(folder=str(EMULATOR), library=str(build("library")), attempt=attempt))
     assert done.returncode == (-signal.SIGSEGV if caught else 0), done.stdout
 
 

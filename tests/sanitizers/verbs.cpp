@@ -1,111 +1,413 @@
-// Every verb over folds that take every path of the loops, each tensor in memory that ends where it ends. Built by the
-// sanitizer sessions of noxfile.py; fails by itself only if the bits depend on the number of threads.
-//
-// `verbs PLANT` does one thing that is wrong instead, to show that the sanitizer would see it. Then the exit code must not
-// be 0.
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
+#include "verbs.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <random>
-#include <string>
-#include <thread>
-#include <vector>
 
-#include "core/backend.h"
-#include "cpu/host.h"
-#include "cpu/pool.h"
-#if defined(FN_RACE)
-#include "threads.h"
-#endif
+namespace fusednorm::check {
 
-namespace fusednorm::cpu::FUSEDNORM_ISA {
-extern const Backend backend;
+bool Tensor::overrun() const {
+  return std::any_of(memory_.begin(), memory_.begin() + offset_ * item_size(dtype_),
+                     [](unsigned char byte) { return byte != 0xff; });
+}
+
+std::string Call::name() const {
+  constexpr const char* kNames[] = {"float32", "float64", "float16", "bfloat16"};
+  std::string text = "Fold(";
+  for (const int64_t n : {fold.batch, fold.outer, fold.groups, fold.inner}) text += std::to_string(n) + ", ";
+  text += std::to_string(fold.span) + ") of " + kNames[int(dtype)] + ", activation " + std::to_string(int(activation));
+  if (residual) text += ", residual";
+  if (extreme) text += ", outlier";
+  if (masked) text += ", mask";
+  if (offset || offset_of_outputs)
+    text += ", offsets " + std::to_string(offset) + " and " + std::to_string(offset_of_outputs);
+  return text;
 }
 
 namespace {
 
-using namespace fusednorm;
-const Backend& verbs = cpu::FUSEDNORM_ISA::backend;
-
-constexpr double kEps = 1e-5;
-
-// Owns exactly size·item bytes.
-class Tensor {
- public:
-  Tensor(DType dtype, int64_t size) : memory_(size_t(size * item_size(dtype))), dtype_(dtype) {}
-  Array array() { return {memory_.data(), dtype_, kCpu}; }
-  double* doubles() { return array().as<double>(); }
-  const std::vector<unsigned char>& memory() const { return memory_; }
-
- private:
-  std::vector<unsigned char> memory_;
-  DType dtype_;
-};
-
-Tensor drawn(DType dtype, int64_t size, double mean, unsigned seed) {
-  Tensor t(dtype, size);
+Tensor drawn(DType dtype, int64_t size, double mean, unsigned seed, int64_t offset = 0) {
+  Tensor t(dtype, size, offset);
   std::minstd_rand random(seed);
   for (int64_t i = 0; i < size; ++i) t.array().set(i, mean + double(random() % 4096) / 1024 - 2);
   return t;
 }
 
-struct Call {
-  Fold fold;
-  DType dtype;
-  Activation activation;
-  bool residual;
-  bool extreme;  // one element whose square overflows
-  bool masked;
+// Wider than the kernels' arithmetic: squares of float64 numbers do not overflow.
+using Wide = long double;
+
+// A result, and how far a backend may be from it before it is stored.
+struct Number {
+  Wide value = 0, error = 0;
 };
+using Numbers = std::vector<Number>;
 
-struct Inputs {
-  Tensor x, dy, residual, weight, bias, mean, rstd;
-  std::vector<uint8_t> counts;  // the mask; empty: none
+struct Element {
+  size_t at, statistic, channel, position;
+};
+// core/fold.h as loops.
+template <class Body>
+void each(const Fold& f, Body&& body) {
+  size_t at = 0;
+  for (int64_t b = 0; b < f.batch; ++b)
+    for (int64_t o = 0; o < f.outer; ++o)
+      for (int64_t g = 0; g < f.groups; ++g)
+        for (int64_t i = 0; i < f.inner; ++i)
+          body(Element{at++, size_t(b * f.groups + g), size_t((g * f.inner + i) / f.span),
+                       size_t((b * f.outer + o) * f.span + i % f.span)});
+}
 
-  explicit Inputs(const Call& c)
-      : x(drawn(c.dtype, c.fold.size(), 3, 1)),
-        dy(drawn(c.dtype, c.fold.size(), 0, 2)),
-        residual(drawn(c.dtype, c.fold.size(), 0, 3)),
-        weight(drawn(DType::f32, c.fold.channels(), 1, 4)),
-        bias(drawn(DType::bf16, c.fold.channels(), 0, 5)),
-        mean(drawn(DType::f64, c.fold.statistics(), 3, 6)),
-        rstd(drawn(DType::f64, c.fold.statistics(), 3, 7)) {
-    if (c.masked) {
-      counts.resize(size_t(c.fold.batch * c.fold.outer * c.fold.span));
-      for (size_t i = 0; i < counts.size(); ++i) counts[i] = i % 3 != 1;
-    }
-    if (c.extreme) x.array().set(c.fold.size() / 2, c.dtype == DType::f64 ? 1e200 : 1e30);
+struct Statistic {
+  Wide n = 0, mean = 0, m2 = 0, squares = 0, size = 0;  // size: mean of |x|
+};
+std::vector<Statistic> statistics(const Fold& f, const Array& x, const std::vector<uint8_t>& mask) {
+  std::vector<Statistic> all(size_t(f.statistics()));
+  const auto counted = [&](auto&& body) {
+    each(f, [&](const Element& e) {
+      if (mask.empty() || mask[e.position]) body(all[e.statistic], Wide(x.get(int64_t(e.at))));
+    });
+  };
+  counted([](Statistic& s, Wide v) { s.n += 1, s.mean += v, s.size += std::abs(v), s.squares += v * v; });
+  for (Statistic& s : all)
+    if (s.n > 0) s.mean /= s.n, s.size /= s.n;
+  counted([](Statistic& s, Wide v) { s.m2 += (v - s.mean) * (v - s.mean); });
+  return all;
+}
+
+// Largest relative error of one rounding.
+Wide roundoff(DType dtype) {
+  return dtype == DType::f64 ? 0x1p-53 : dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+}
+Wide largest(DType dtype) {
+  return dtype == DType::f64   ? std::numeric_limits<double>::max()
+         : dtype == DType::f32 ? std::numeric_limits<float>::max()
+         : dtype == DType::f16 ? 65504
+                               : 0x1.fep127f;
+}
+// In this type, whose subnormal numbers lie `apart`.
+Number stored(DType dtype, const Number& n) {
+  const Wide apart = dtype == DType::f64 ? 0x1p-1074 : dtype == DType::f16 ? 0x1p-24 : 0x1p-133;
+  return {n.value, n.error + roundoff(dtype) * (std::abs(n.value) + n.error) + apart};
+}
+
+Wide activated(Activation activation, Wide pre) {
+  const Wide sigmoid = 1 / (1 + std::exp(-pre));
+  switch (activation) {
+    case Activation::identity: return pre;
+    case Activation::relu: return pre > 0 ? pre : 0;
+    case Activation::leaky_relu: return pre > 0 ? pre : pre * Wide(kSlope);
+    case Activation::silu: return pre * sigmoid;
+    case Activation::sigmoid: return sigmoid;
+    case Activation::tanh: return std::tanh(pre);
   }
+  return pre;
+}
+// act'(pre). Its own steepest slopes: of SiLU's 0.5, sigmoid's 0.1, tanh's 0.8; at a kink either side will do.
+Number derivative(Activation activation, const Number& pre) {
+  const bool kink = std::abs(pre.value) <= pre.error;
+  const Wide sigmoid = 1 / (1 + std::exp(-pre.value)), tanh = std::tanh(pre.value), u = 0x1p-22;
+  switch (activation) {
+    case Activation::identity: return {1, 0};
+    case Activation::relu: return {pre.value > 0 ? 1.0L : 0.0L, kink ? 1.0L : 0.0L};
+    case Activation::leaky_relu: return {pre.value > 0 ? 1.0L : Wide(kSlope), kink ? 1.0L : u * Wide(kSlope)};
+    case Activation::silu: return {sigmoid * (1 + pre.value * (1 - sigmoid)), 0.5L * pre.error + u};
+    case Activation::sigmoid: return {sigmoid * (1 - sigmoid), 0.1L * pre.error + u};
+    case Activation::tanh: return {1 - tanh * tanh, 0.8L * pre.error + u};
+  }
+  return {};
+}
+
+// Plain loops. The bounds are derived as those of python/fusednorm/testing/cases.py, for each number by itself.
+class Plain {
+ public:
+  Plain(const Call& call, Inputs& inputs)
+      : c_(call), f_(call.fold), in_(inputs), own_(statistics(f_, in_.x.array(), in_.mask)) {
+    for (const Statistic& s : own_) {
+      // Deviations are taken from a mean that is rounded.
+      const Wide rounded = 4 * u_ * s.size,
+                 m2_error = 2 * sum_ * s.m2 + s.n * rounded * rounded + 0x1p-51L * s.size * std::sqrt(s.m2 * s.n);
+      m2_error_.push_back(m2_error);
+    }
+  }
+
+  // In the order of run().
+  std::vector<std::pair<const char*, Numbers>> results() {
+    moments(true);
+    moments(false);
+    merge();
+    const auto given = [&] {
+      mean_ = numbers(in_.mean);
+      rstd_ = numbers(in_.rstd);
+    };
+    given();
+    normalize("normalize.y");
+    for (const bool training : {true, false}) {
+      forward(training);
+      given();
+      gradients();
+      const Numbers none(own_.size());
+      input("backward.dx", training ? corrections(ux_) : none, training ? corrections(u_sum_) : none);
+      if (c_.residual) put("backward.dresidual", u_of_);
+      put("backward.dweight", of_channels(ux_));
+      put("backward.dbias", of_channels(u_sum_));
+    }
+    put("grad_sums.s1", weighted(u_sum_));
+    put("grad_sums.s2", weighted(ux_));
+    put("grad_sums.dweight", of_channels(ux_));
+    put("grad_sums.dbias", of_channels(u_sum_));
+    input("grad_input.dx", numbers(in_.cx), numbers(in_.c0));
+    put("grad_input.dresidual", u_of_);
+    put("copy", numbers(in_.x));
+    return std::move(results_);
+  }
+
+ private:
+  void put(const char* name, Numbers numbers) { results_.emplace_back(name, std::move(numbers)); }
+  static Numbers numbers(Tensor& t) {
+    Numbers all(size_t(t.size()));
+    for (size_t i = 0; i < all.size(); ++i) all[i].value = t.array().get(int64_t(i));
+    return all;
+  }
+  Wide get(Tensor& t, size_t i) const { return t.array().get(int64_t(i)); }
+  size_t channel(size_t statistic) const { return statistic % size_t(f_.groups); }  // of rows and columns
+
+  void moments(bool center) {
+    Numbers n, mean, m2;
+    for (size_t s = 0; s < own_.size(); ++s) {
+      const Statistic& own = own_[s];
+      n.push_back({own.n});
+      mean.push_back(center ? Number{own.mean, 2 * sum_ * own.size} : Number{});
+      m2.push_back(center ? Number{own.m2, m2_error_[s]} : Number{own.squares, 2 * sum_ * own.squares});
+    }
+    put("moments.count", n);
+    put("moments.mean", mean);
+    put("moments.m2", m2);
+  }
+
+  void merge() {
+    Numbers n(size_t(f_.groups)), mean(n), m2(n);
+    for (size_t c = 0; c < n.size(); ++c) {
+      Wide size = 0;
+      for (size_t s = c; s < own_.size(); s += n.size()) {
+        n[c].value += get(in_.counts, s);
+        mean[c].value += get(in_.counts, s) * get(in_.means, s);
+        size = std::max(size, std::abs(get(in_.means, s)));
+      }
+      if (n[c].value > 0) mean[c].value /= n[c].value;
+      for (size_t s = c; s < own_.size(); s += n.size()) {
+        const Wide delta = get(in_.means, s) - mean[c].value;
+        m2[c].value += get(in_.m2s, s) + get(in_.counts, s) * delta * delta;
+      }
+      const Wide error = 0x1p-50L * Wide(f_.batch);
+      mean[c].error = error * size;
+      m2[c].error = error * (m2[c].value + n[c].value * size * size);
+    }
+    put("merge.count", n);
+    put("merge.mean", mean);
+    put("merge.m2", m2);
+  }
+
+  Number pre(const Element& e) const {
+    const Number &mean = mean_[e.statistic], &rstd = rstd_[e.statistic];
+    const Wide x = get(in_.x, e.at), w = get(in_.weight, e.channel), b = get(in_.bias, e.channel);
+    const Wide r = c_.residual ? get(in_.residual, e.at) : 0, centered = x - mean.value;
+    const Wide size = std::abs(w) * rstd.value * (std::abs(x) + std::abs(mean.value)) + std::abs(b) + std::abs(r);
+    const Wide error = std::abs(w) * (rstd.value * mean.error + std::abs(centered) * rstd.error);
+    return {w * centered * rstd.value + b + r, error + 16 * u_ * size};
+  }
+
+  void normalize(const char* name) {
+    Numbers y(size_t(f_.size()));
+    each(f_, [&](const Element& e) {
+      const Number p = pre(e);
+      const Wide value = activated(c_.activation, p.value);
+      y[e.at] = {value, 1.1L * p.error + 8 * u_ * std::abs(value)};  // 1.1: the steepest slope, SiLU's
+    });
+    put(name, y);
+  }
+
+  void forward(bool training) {
+    Numbers mean = numbers(in_.running_mean), var = numbers(in_.running_var);
+    const auto step = [](Number& to, DType dtype, Wide value, Wide error) {
+      to.value += Wide(kMomentum) * (value - to.value);
+      to.error += Wide(kMomentum) * (error - to.error);
+      to = stored(dtype, to);
+    };
+    for (size_t s = 0; s < own_.size(); ++s) {
+      const Statistic& own = own_[s];
+      const size_t c = channel(s);
+      if (training) {
+        const Wide variance = own.n > 0 ? own.m2 / own.n : 0, error = own.n > 0 ? m2_error_[s] / own.n : 0;
+        const Wide rstd = 1 / std::sqrt(variance + Wide(kEps));
+        mean_[s] = {own.mean, 2 * sum_ * own.size};
+        rstd_[s] = {rstd, rstd * (error / (variance + Wide(kEps)) + 0x1p-50L)};
+        if (own.n < 2) continue;
+        step(mean[c], in_.running_mean.array().dtype, own.mean, mean_[s].error);
+        step(var[c], in_.running_var.array().dtype, own.m2 / (own.n - 1), m2_error_[s] / (own.n - 1));
+      } else {
+        const Wide rstd = 1 / std::sqrt(var[c].value + Wide(kEps));
+        mean_[s] = mean[c];
+        rstd_[s] = {rstd, rstd * 0x1p-50L};
+      }
+    }
+    put("forward.running_mean", mean);
+    put("forward.running_var", var);
+    put("forward.mean", mean_);
+    put("forward.rstd", rstd_);
+    normalize("forward.y");
+  }
+
+  void gradients() {
+    u_of_.resize(size_t(f_.size()));
+    x_hat_.resize(u_of_.size());
+    u_sum_.assign(own_.size(), {});
+    ux_ = u_sum_;
+    each(f_, [&](const Element& e) {
+      const Wide dy = get(in_.dy, e.at), x = get(in_.x, e.at);
+      const Wide mean = mean_[e.statistic].value, rstd = rstd_[e.statistic].value;
+      const Number d = derivative(c_.activation, pre(e));
+      const Number u = u_of_[e.at] = {dy * d.value, std::abs(dy) * (d.error + u_ * std::abs(d.value))};
+      const Wide size = rstd * (std::abs(x) + std::abs(mean));
+      const Number x_hat = x_hat_[e.at] = {(x - mean) * rstd, 4 * u_ * size};
+      u_sum_[e.statistic].value += u.value;
+      u_sum_[e.statistic].error += u.error + sum_ * std::abs(u.value);
+      ux_[e.statistic].value += u.value * x_hat.value;
+      ux_[e.statistic].error += u.error * size + sum_ * std::abs(u.value) * size;
+    });
+  }
+  Numbers weighted(const Numbers& sums) const {
+    Numbers all(sums);
+    for (size_t s = 0; s < all.size(); ++s) {
+      const Wide w = get(in_.weight, channel(s));
+      all[s] = {w * sums[s].value, std::abs(w) * sums[s].error};
+    }
+    return all;
+  }
+  // What a sum brings into dx, of batch statistics.
+  Numbers corrections(const Numbers& sums) const {
+    Numbers all = weighted(sums);
+    for (size_t s = 0; s < all.size(); ++s) {
+      const Wide n = own_[s].n;
+      all[s] = n > 0 ? Number{-all[s].value / n, all[s].error / n} : Number{};
+    }
+    return all;
+  }
+  Numbers of_channels(const Numbers& sums) const {
+    Numbers all(size_t(f_.channels()));
+    for (size_t s = 0; s < sums.size(); ++s) {
+      all[channel(s)].value += sums[s].value;
+      all[channel(s)].error += sums[s].error;
+    }
+    return all;
+  }
+
+  void input(const char* name, const Numbers& cx, const Numbers& c0) {
+    Numbers dx(u_of_.size());
+    each(f_, [&](const Element& e) {
+      const Wide w = get(in_.weight, e.channel), rstd = rstd_[e.statistic].value;
+      const Number &u = u_of_[e.at], &x_hat = x_hat_[e.at];
+      Wide value = w * u.value, error = std::abs(w) * (u.error + 16 * u_ * std::abs(u.value));
+      if (in_.mask.empty() || in_.mask[e.position]) {
+        const Number &a = cx[e.statistic], &b = c0[e.statistic];
+        value += a.value * x_hat.value + b.value;
+        error += a.error * std::abs(x_hat.value) + std::abs(a.value) * x_hat.error + b.error;
+        error += 16 * u_ * (std::abs(a.value * x_hat.value) + std::abs(b.value));
+      }
+      dx[e.at] = {rstd * value, rstd * error};
+    });
+    put(name, dx);
+  }
+
+  const Call& c_;
+  const Fold& f_;
+  Inputs& in_;
+  // Relative errors: of one rounding; of a sum, of the sum of absolute values. Float32 makes chains of 64 additions or
+  // less, whose errors add up like a random walk; float64 of 4096, taken in the worst order.
+  const Wide u_ = c_.dtype == DType::f64 ? 0x1p-53 : 0x1p-24;
+  const Wide sum_ = c_.dtype == DType::f64 ? u_ * Wide(std::min<int64_t>(f_.per_statistic(), 4096) + 32) : Wide(1e-6);
+  const std::vector<Statistic> own_;
+  std::vector<Wide> m2_error_;
+  Numbers mean_, rstd_;   // that are in use
+  Numbers u_of_, x_hat_;  // of each element: u = dy·act'(pre)
+  Numbers u_sum_, ux_;    // of each statistic: Σu, Σu·x̂
+  std::vector<std::pair<const char*, Numbers>> results_;
 };
 
-// What all verbs wrote.
-std::vector<Tensor> run(const Call& c, Inputs& in) {
+}  // namespace
+
+Inputs::Inputs(const Call& c)
+    : x(drawn(c.dtype, c.fold.size(), 3, 1, c.offset)),
+      dy(drawn(c.dtype, c.fold.size(), 0, 2, c.offset)),
+      residual(drawn(c.dtype, c.fold.size(), 0, 3, c.offset)),
+      weight(drawn(DType::f32, c.fold.channels(), 1, 4)),
+      bias(drawn(DType::bf16, c.fold.channels(), 0, 5)),
+      mean(DType::f64, c.fold.statistics()),
+      rstd(DType::f64, c.fold.statistics()),
+      cx(drawn(DType::f64, c.fold.statistics(), 0, 6)),
+      c0(drawn(DType::f64, c.fold.statistics(), 0, 7)),
+      running_mean(drawn(DType::f32, c.fold.channels(), 3, 8)),
+      running_var(drawn(DType::f16, c.fold.channels(), 3, 9)),
+      counts(drawn(DType::f64, c.fold.statistics(), 2, 10)),
+      means(drawn(DType::f64, c.fold.statistics(), 3, 11)),
+      m2s(drawn(DType::f64, c.fold.statistics(), 2, 12)) {
+  if (c.extreme) x.array().set(c.fold.size() / 2, c.dtype == DType::f64 ? 1e200 : c.dtype == DType::f16 ? 6e4 : 1e30);
+  if (c.masked) {
+    mask.resize(size_t(c.fold.batch * c.fold.outer * c.fold.span));
+    // Of several batch entries the first counts nothing.
+    const size_t none = c.fold.batch > 1 ? size_t(c.fold.outer * c.fold.span) : 0;
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = i >= none && i % 3 != 1;
+  }
+  const std::vector<Statistic> all = statistics(c.fold, x.array(), mask);
+  for (size_t s = 0; s < all.size(); ++s) {
+    mean.doubles()[s] = double(all[s].mean);
+    rstd.doubles()[s] = double(1 / std::sqrt((all[s].n > 0 ? all[s].m2 / all[s].n : 0) + Wide(kEps)));
+  }
+}
+
+std::vector<Output> run(const Backend& verbs, const Call& c, Inputs& in, int device) {
   const Fold& f = c.fold;
   const int64_t size = f.size(), s = f.statistics(), channels = f.channels();
-  std::vector<Tensor> out;
-  const auto fresh = [&](DType dtype, int64_t n) { return out.emplace_back(dtype, n).array(); };
-  const auto numbers = [&](int64_t n) { return fresh(DType::f64, n).as<double>(); };
-  const auto tensor = [&] { return fresh(c.dtype, size); };
+  std::vector<Output> out;
+  const auto fresh = [&](const char* name, DType dtype, int64_t n, int64_t offset = 0) {
+    return out.emplace_back(Output{name, Tensor(dtype, n, offset)}).tensor.array();
+  };
+  const auto numbers = [&](const char* name, int64_t n) { return fresh(name, DType::f64, n).as<double>(); };
+  const auto tensor = [&](const char* name) { return fresh(name, c.dtype, size, c.offset_of_outputs); };
+  const auto copied = [&](const char* name, const Tensor& from) {
+    return out.emplace_back(Output{name, from}).tensor.array();
+  };
+  Tensor scratch(DType::f64, verbs.scratch ? (verbs.scratch(f, c.dtype, device) + 7) / 8 : 0);
+  const auto queue = [&] {  // with nothing in its memory of the verb before
+    scratch = Tensor(DType::f64, scratch.size());
+    return Queue{device, nullptr, scratch.doubles()};
+  };
+
   const EpilogueArgs epilogue{
-      .activation = c.activation, .slope = 0.01, .residual = c.residual ? in.residual.array() : Array()};
+      .activation = c.activation, .slope = kSlope, .residual = c.residual ? in.residual.array() : Array()};
   const Array x = in.x.array(), dy = in.dy.array(), weight = in.weight.array(), bias = in.bias.array();
   const double *mean = in.mean.doubles(), *rstd = in.rstd.doubles();
-  const uint8_t* mask = c.masked ? in.counts.data() : nullptr;
+  const uint8_t* mask = c.masked ? in.mask.data() : nullptr;
 
-  for (const bool center : {true, false}) {
-    const MomentsArgs moments{
-        .fold = f, .x = x, .mask = mask, .center = center, .count = numbers(s), .mean = numbers(s), .m2 = numbers(s)};
-    verbs.moments(moments);
-    verbs.merge({.before = 1,
-                 .axis = f.batch,
-                 .after = f.groups,
-                 .count = moments.count,
-                 .mean = moments.mean,
-                 .m2 = moments.m2,
-                 .merged_count = numbers(f.groups),
-                 .merged_mean = numbers(f.groups),
-                 .merged_m2 = numbers(f.groups)});
-  }
+  for (const bool center : {true, false})
+    verbs.moments({.fold = f,
+                   .x = x,
+                   .mask = mask,
+                   .center = center,
+                   .count = numbers("moments.count", s),
+                   .mean = numbers("moments.mean", s),
+                   .m2 = numbers("moments.m2", s),
+                   .queue = queue()});
+  verbs.merge({.before = 1,
+               .axis = f.batch,
+               .after = f.groups,
+               .count = in.counts.doubles(),
+               .mean = in.means.doubles(),
+               .m2 = in.m2s.doubles(),
+               .merged_count = numbers("merge.count", f.groups),
+               .merged_mean = numbers("merge.mean", f.groups),
+               .merged_m2 = numbers("merge.m2", f.groups),
+               .queue = queue()});
   verbs.normalize({.fold = f,
                    .x = x,
                    .mean = mean,
@@ -113,53 +415,55 @@ std::vector<Tensor> run(const Call& c, Inputs& in) {
                    .weight = weight,
                    .bias = bias,
                    .epilogue = epilogue,
-                   .y = tensor()});
+                   .y = tensor("normalize.y"),
+                   .queue = queue()});
 
-  const RunningArgs running{
-      .mean = fresh(DType::f32, channels), .var = fresh(DType::f16, channels), .momentum = 0.1, .counted = -1};
   for (const bool training : {true, false}) {
-    const ForwardArgs forward{.fold = f,
-                              .x = x,
-                              .weight = weight,
-                              .bias = bias,
-                              .epilogue = epilogue,
-                              .mask = mask,
-                              .eps = kEps,
-                              .training = training,
-                              .running = running,
-                              .mean = numbers(s),
-                              .rstd = numbers(s),
-                              .y = tensor()};
-    verbs.forward(forward);
+    verbs.forward({.fold = f,
+                   .x = x,
+                   .weight = weight,
+                   .bias = bias,
+                   .epilogue = epilogue,
+                   .mask = mask,
+                   .eps = kEps,
+                   .training = training,
+                   .running = {.mean = copied("forward.running_mean", in.running_mean),
+                               .var = copied("forward.running_var", in.running_var),
+                               .momentum = kMomentum,
+                               .counted = -1},
+                   .mean = numbers("forward.mean", s),
+                   .rstd = numbers("forward.rstd", s),
+                   .y = tensor("forward.y"),
+                   .queue = queue()});
     verbs.backward({.fold = f,
                     .dy = dy,
                     .x = x,
-                    .mean = forward.mean,
-                    .rstd = forward.rstd,
+                    .mean = mean,
+                    .rstd = rstd,
                     .weight = weight,
                     .bias = bias,
                     .epilogue = epilogue,
                     .mask = mask,
                     .constant = !training,
-                    .dx = tensor(),
-                    .dresidual = c.residual ? tensor() : Array(),
-                    .dweight = fresh(DType::f32, channels),
-                    .dbias = fresh(DType::f16, channels)});
+                    .dx = tensor("backward.dx"),
+                    .dresidual = c.residual ? tensor("backward.dresidual") : Array(),
+                    .dweight = fresh("backward.dweight", DType::f32, channels),
+                    .dbias = fresh("backward.dbias", DType::f16, channels),
+                    .queue = queue()});
   }
-
-  const GradSumsArgs sums{.fold = f,
-                          .dy = dy,
-                          .x = x,
-                          .mean = mean,
-                          .rstd = rstd,
-                          .weight = weight,
-                          .bias = bias,
-                          .epilogue = epilogue,
-                          .s1 = numbers(s),
-                          .s2 = numbers(s),
-                          .dweight = fresh(DType::f32, channels),
-                          .dbias = fresh(DType::f64, channels)};
-  verbs.grad_sums(sums);
+  verbs.grad_sums({.fold = f,
+                   .dy = dy,
+                   .x = x,
+                   .mean = mean,
+                   .rstd = rstd,
+                   .weight = weight,
+                   .bias = bias,
+                   .epilogue = epilogue,
+                   .s1 = numbers("grad_sums.s1", s),
+                   .s2 = numbers("grad_sums.s2", s),
+                   .dweight = fresh("grad_sums.dweight", DType::f32, channels),
+                   .dbias = fresh("grad_sums.dbias", DType::f64, channels),
+                   .queue = queue()});
   verbs.grad_input({.fold = f,
                     .dy = dy,
                     .x = x,
@@ -168,153 +472,34 @@ std::vector<Tensor> run(const Call& c, Inputs& in) {
                     .weight = weight,
                     .bias = bias,
                     .epilogue = epilogue,
-                    .cx = sums.s1,
-                    .c0 = sums.s2,
+                    .cx = in.cx.doubles(),
+                    .c0 = in.c0.doubles(),
                     .mask = mask,
-                    .dx = tensor(),
-                    .dresidual = tensor()});
-  verbs.copy({.to = tensor().data, .from = x.data, .bytes = size * item_size(c.dtype)});
+                    .dx = tensor("grad_input.dx"),
+                    .dresidual = tensor("grad_input.dresidual"),
+                    .queue = queue()});
+  verbs.copy({.to = tensor("copy").data, .from = x.data, .bytes = size * item_size(c.dtype), .queue = queue()});
   return out;
 }
 
-bool same_bits_on_one_thread_and_on(int threads, const Call& c) {
-  Inputs in(c);
-  cpu::set_threads(1);
-  const std::vector<Tensor> one = run(c, in);
-  cpu::set_threads(threads);
-  const std::vector<Tensor> many = run(c, in);
-  for (size_t i = 0; i < one.size(); ++i)
-    if (one[i].memory() != many[i].memory()) {
-      std::printf("output %zu of Fold(%ld, %ld, %ld, %ld) depends on the number of threads\n", i, long(c.fold.batch),
-                  long(c.fold.outer), long(c.fold.groups), long(c.fold.inner));
-      return false;
+std::string wrong(const Call& c, Inputs& in, std::vector<Output>& out) {
+  const auto expected = Plain(c, in).results();
+  for (size_t i = 0; i < std::max(out.size(), expected.size()); ++i) {
+    if (i >= out.size() || i >= expected.size() || out[i].name != std::string(expected[i].first))
+      return "run() and Plain::results() differ in their order";
+    Tensor& tensor = out[i].tensor;
+    if (tensor.overrun()) return std::string(out[i].name) + ": memory before it was written";
+    const Array got = tensor.array();
+    for (size_t k = 0; k < expected[i].second.size(); ++k) {
+      const Wide value = got.get(int64_t(k));
+      const Number wanted = stored(got.dtype, expected[i].second[k]);
+      const bool overflows = std::isinf(value) && std::abs(wanted.value) + wanted.error >= largest(got.dtype);
+      if (overflows || std::abs(value - wanted.value) <= wanted.error) continue;
+      return std::string(out[i].name) + "[" + std::to_string(k) + "] = " + std::to_string(value) + ", not " +
+             std::to_string(wanted.value) + " ± " + std::to_string(wanted.error);
     }
-  return true;
-}
-
-Fold rows(int64_t batch, int64_t outer, int64_t groups, int64_t inner) { return {batch, outer, groups, inner, inner}; }
-Fold columns(int64_t batch, int64_t outer, int64_t groups) { return {batch, outer, groups, 1, 1}; }
-
-constexpr DType kDtypes[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
-
-std::vector<Call> calls() {
-  std::vector<Call> all;
-  // Every length of a tail, on one thread.
-  for (const DType dtype : kDtypes)
-    for (int64_t n = 1; n <= 35; ++n)
-      for (const bool residual : {false, true}) {
-        all.push_back({rows(1, 2, 3, n), dtype, Activation::relu, residual, false, n % 2 == 0});
-        all.push_back({columns(1, 2 + n / 2, n), dtype, Activation::relu, residual, false, n % 2 == 1});
-        all.push_back({columns(2, n + 1, 3), dtype, Activation::silu, residual, false, n % 4 == 0});
-      }
-  const Fold folds[] = {
-      rows(1, 4, 3, 1025),  rows(2, 3, 2, 777),   columns(1, 70, 300),  columns(1, 5, 1100),  // on one thread
-      rows(1, 8, 32, 1100),                                                                   // a slab a task
-      rows(1, 40, 130, 61),                                                                   // short runs, staged
-      rows(1, 3, 3, 40000),                                                                   // a slab shared
-      rows(4, 8, 10, 1030), columns(1, 4500, 64), columns(1, 45001, 7), columns(1, 150, 2051), columns(3, 1500, 67)};
-  for (const DType dtype : kDtypes)
-    for (const Fold& fold : folds)
-      for (const bool residual : {false, true})
-        for (const Activation activation : {Activation::identity, Activation::relu, Activation::tanh})
-          all.push_back({fold, dtype, activation, residual, residual, activation == Activation::relu});
-  // Large enough to be streamed past the caches.
-  for (const Fold& fold : {rows(1, 16, 16, 17001), rows(1, 64, 700, 97), columns(1, 70001, 62)})
-    all.push_back({fold, DType::f32, Activation::relu, true, false, false});
-  return all;
-}
-
-// Python threads in kernels at once, each with outputs of its own, and in the output pool.
-bool callers() {
-  const Call c{rows(1, 8, 32, 1100), DType::f32, Activation::relu, true, false, false};
-  Inputs in(c);
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 3; ++i)
-    threads.emplace_back([&] {
-      for (int k = 0; k < 3; ++k) {
-        run(c, in);
-        const cpu::Block block = cpu::pool_take(cpu::kPoolBytes);
-        std::memset(block.data, k, 4096);
-        cpu::pool_give(block);
-        cpu::set_threads(2 + k);
-      }
-    });
-  for (std::thread& thread : threads) thread.join();
-  return cpu::pool_empty() > 0;
-}
-
-// Wrong on purpose.
-int plant(const std::string& what) {
-  const Fold f = rows(1, 64, 8, 1030);
-  Inputs in({f, DType::f32, Activation::relu, true, false, false});
-  Tensor y(DType::f32, f.size()), saved_mean(DType::f64, 8), saved_rstd(DType::f64, 8);
-  NormalizeArgs normalize{.fold = f,
-                          .x = in.x.array(),
-                          .mean = in.mean.doubles(),
-                          .rstd = in.rstd.doubles(),
-                          .weight = in.weight.array(),
-                          .bias = in.bias.array(),
-                          .epilogue = {},
-                          .y = y.array()};
-  if (what == "overread") {  // x is short by one element
-    Tensor x(DType::f32, f.size() - 1);
-    normalize.x = x.array();
-    verbs.normalize(normalize);
-  } else if (what == "overwrite") {  // y is
-    Tensor short_y(DType::f32, f.size() - 1);
-    normalize.y = short_y.array();
-    verbs.normalize(normalize);
-  } else if (what == "misaligned") {
-    normalize.fold.groups = 7;
-    normalize.weight.data = normalize.weight.as<char>() + 1;
-    verbs.normalize(normalize);
-  } else if (what == "overlap") {  // a slab of dresidual is the next slab of dx
-    Tensor both(DType::f32, f.size() + f.inner), dweight(DType::f32, 8), dbias(DType::f32, 8);
-    Array dresidual = both.array();
-    dresidual.data = dresidual.as<float>() + f.inner;
-    verbs.backward({.fold = f,
-                    .dy = in.dy.array(),
-                    .x = in.x.array(),
-                    .mean = in.mean.doubles(),
-                    .rstd = in.rstd.doubles(),
-                    .weight = {},
-                    .bias = {},
-                    .epilogue = {},
-                    .mask = nullptr,
-                    .constant = false,
-                    .dx = both.array(),
-                    .dresidual = dresidual,
-                    .dweight = dweight.array(),
-                    .dbias = dbias.array()});
-#if defined(FN_RACE)
-  } else if (what == "barrier") {
-    barriers_left_out = true;
-    verbs.forward({.fold = rows(1, 2, 2, f.size() / 4),
-                   .x = in.x.array(),
-                   .weight = {},
-                   .bias = {},
-                   .epilogue = {},
-                   .mask = nullptr,
-                   .eps = kEps,
-                   .running = {},
-                   .mean = saved_mean.doubles(),
-                   .rstd = saved_rstd.doubles(),
-                   .y = y.array()});
-#endif
-  } else {
-    std::printf("no such plant: %s\n", what.c_str());
   }
-  return 0;
+  return "";
 }
 
-}  // namespace
-
-int main(int count, char** arguments) {
-  if (count > 1) return plant(arguments[1]);
-  const std::vector<Call> all = calls();
-  int wrong = 0;
-  for (const Call& c : all) wrong += !same_bits_on_one_thread_and_on(3, c);
-  wrong += !callers();
-  std::printf("%zu folds, %d wrong\n", all.size(), wrong);
-  return wrong ? 2 : 0;
-}
+}  // namespace fusednorm::check
