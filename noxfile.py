@@ -15,6 +15,7 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests", "lint", "types"]
 
 X86 = platform.machine() in ("x86_64", "AMD64")
+GATED = (75, 80, 90, 100, 120)  # CUDA architectures: the first and each that changed how kernels compile since
 LINT = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "lint")
 
 
@@ -83,15 +84,26 @@ def clang(session: nox.Session) -> None:
 
 @nox.session
 def cuda(session: nox.Session) -> None:
-    """CUDA's kernels without a GPU: compiled by nvcc, where there is one, for all architectures, warnings as errors;
-    then emulated, through the same cases as the CPU's."""
+    """CUDA's kernels without a GPU: what nvcc makes of them, where there is one, passes the gates, whose bounds --
+    --update sets anew; then emulated, through the same cases as the CPU's."""
+    update = [one for one in session.posargs if one == "--update"]
     if shutil.which("nvcc"):
-        install(session, ".", FUSEDNORM_CUDA="ON", FUSEDNORM_WERROR="ON")
-        session.run("fusednorm", "info")
+        build = f"{session.create_tmp()}/gates"
+        session.install("cmake", "ninja", "pybind11")
+        if not (shutil.which("cuobjdump") and shutil.which("nvdisasm")):
+            session.install("--no-deps", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
+        pybind11 = str(session.run("python", "-m", "pybind11", "--cmakedir", silent=True, log=False)).strip()
+        session.run("cmake", "-S", ".", "-B", build, "-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+                    f"-DPython_ROOT_DIR={session.virtualenv.location}", f"-Dpybind11_DIR={pybind11}",
+                    "-DFUSEDNORM_CUDA=ON", "-DFUSEDNORM_WERROR=ON",
+                    f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{one}-real' for one in GATED)}")  # fmt: skip
+        session.run("cmake", "--build", build, "--target", "cuda")
+        session.run("python", "tests/cuda_gates/gates.py", build, *update)
     else:
         session.log("no nvcc found: its part is skipped")
     install(session, ".[test]", FUSEDNORM_CUDA="EMULATED")
-    session.run("pytest", "-q", "tests/test_cuda.py", "tests/test_cuda_cli.py", *session.posargs)
+    others = [one for one in session.posargs if one not in update]
+    session.run("pytest", "-q", "tests/test_cuda.py", "tests/test_cuda_cli.py", *others)
     session.run("pytest", "-q", "--slow", "tests/test_cuda_sanitizers.py")
 
 
