@@ -42,7 +42,7 @@ class Plant(NamedTuple):
 
 WRONG = {"plain": r"\d, not |depends on the schedule"}
 RACE = {"tsan": "data race"}
-OVERRUN = {"asan": "heap-buffer-overflow"}
+OVERRUN = {"asan": "AddressSanitizer: heap-(buffer-overflow|use-after-free)"}
 
 PLANTS = {
     "no barrier before the warps' sums are read": Plant(
@@ -87,7 +87,7 @@ PLANTS = {
         "backward.h", "«__syncthreads();»  // coefficients and stage are free", ";", "clusters", WRONG | RACE
     ),
     "a whole pack is read": Plant(
-        "pack.h", "if («vector && there == kWhole<T>») {\n    const uint4*", "vector", "clusters", OVERRUN
+        "pack.h", "if («vector && there == kWhole<T>») {\n    const uint4*", "vector && there", "clusters", OVERRUN
     ),
     "a whole pack is written": Plant(
         "pack.h", "if («vector && there == kWhole<T>») {\n    uint4*", "vector && there", "clusters", OVERRUN
@@ -142,7 +142,7 @@ class Programs:
         for path in (SOURCES / "cuda").iterdir():
             (folder / "cuda" / path.name).write_text(planted(path.name))
         (folder / "planted.h").write_text("extern int planted;\n")
-        self.emulator = [self.object("plain", EMULATOR / f"{name}.cpp") for name in ("emu", "runtime")]
+        self.emulator = [self.object("plain", EMULATOR / f"{name}.cpp", "-O2") for name in ("emu", "runtime")]
 
     def object(self, kind: str, source: Path, *options: str | Path) -> Future[Path]:
         target = self.folder / f"{kind}_{source.stem}.o"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <random>
 
@@ -495,8 +496,10 @@ std::string wrong(const Call& c, Inputs& in, std::vector<Output>& out) {
       const Number wanted = stored(got.dtype, expected[i].second[k]);
       const bool overflows = std::isinf(value) && std::abs(wanted.value) + wanted.error >= largest(got.dtype);
       if (overflows || std::abs(value - wanted.value) <= wanted.error) continue;
-      return std::string(out[i].name) + "[" + std::to_string(k) + "] = " + std::to_string(value) + ", not " +
-             std::to_string(wanted.value) + " ± " + std::to_string(wanted.error);
+      char text[200];
+      std::snprintf(text, sizeof text, "%s[%zu] = %.9Lg, not %.9Lg ± %.2Lg", out[i].name, k, value, wanted.value,
+                    wanted.error);
+      return text;
     }
   }
   return "";
