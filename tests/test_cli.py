@@ -202,8 +202,8 @@ def test_select_filters_the_list() -> None:
 def test_lost_rows_are_marked() -> None:
     times = {"median": 2.0, "p10": 1.9, "p90": 2.2}
     row = {
-        "shape": [8, 4], "layout": "flat", "dtype": "float32", "pass": "forward", "residual": False, "activation": None,
-        "checked": [4, 4], "wrong": [], "ms": {"copy": times, "ours_out": times, "ours": times},
+        "norm": "batch", "shape": [8, 4], "layout": "flat", "dtype": "float32", "pass": "forward", "residual": False,
+        "activation": None, "checked": [4, 4], "wrong": [], "ms": {"copy": times, "ours_out": times, "ours": times},
         "ratios": {"ours_out/copy": times, "torch/ours": times},
     }  # fmt: skip
     lost = row | {"ratios": {"ours_out/copy": times, "torch/ours": times | {"median": 0.9}}}

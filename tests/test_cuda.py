@@ -39,7 +39,7 @@ def on_device(a: np.ndarray[Any, Any]) -> Any:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", [marked(case) for case in CASES if not case.on_cpu_only])
 def test_case(case: Case, device: int) -> None:
     skip_what_is_missing(case)
     if EMULATED and device and case.size > 200_000:
@@ -53,7 +53,9 @@ def test_case(case: Case, device: int) -> None:
 
 @pytest.mark.skipif(not EMULATED, reason="a GPU's schedule is its own")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", [marked(case) for case in CASES if {"quick", "sanitize"} <= case.tags])
+@pytest.mark.parametrize(
+    "case", [marked(case) for case in CASES if {"quick", "sanitize"} <= case.tags and not case.on_cpu_only]
+)
 def test_bits_do_not_depend_on_the_schedule(case: Case, device: int) -> None:
     import emulator
 
@@ -199,6 +201,11 @@ def test_arrays_of_other_libraries_are_seen_as_cupys(device: str) -> None:
     )  # fmt: skip
     assert all(map(same, (*got, out), (*expected, expected[0])))
     assert all(map(same, fn.moments(Foreign(x), 0), fn.moments(x, 0)))
+
+
+def test_lines_are_refused(device: str) -> None:
+    with pytest.raises(TypeError, match=f"x is on {device}: layer and RMS norm run on the CPU only"):
+        fn.layer_norm(normal(4, 3), 3)
 
 
 def test_results_repeat_bit_for_bit(device: str) -> None:

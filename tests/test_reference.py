@@ -1214,7 +1214,7 @@ def failures(case: Case, inputs: Inputs, expected: Outputs, got: Outputs) -> set
 def test_the_list_is_sound(listed: tuple[Case, ...]) -> None:
     assert not [name for name, times in Counter(case.name for case in listed).items() if times > 1]
     for case in listed:
-        assert case.norm == "batch"
+        assert case.norm in ("batch", "layer", "rms")
         assert case.tags <= {"quick", "slow", "sanitize", "bench", "compile"}
         assert ("bench" in case.tags) == (listed is not CASES)
         assert case.running or case.training, case.name
@@ -1249,10 +1249,11 @@ def test_offsets_and_outliers_are_what_they_say(offset: float) -> None:
     for case in CASES:
         if case.offset != offset or case.scale != 1 or not case.training or case.mask or "slow" in case.tags:
             continue
-        if case.size < 1000 * max(case.channels, 1):
+        if case.size < 1000 * max(case.statistics, 1):
             continue
         skip_without_modules(case)
-        rows = np.moveaxis(cases.make(case).x.astype(np.float64), case.axis, 0).reshape(case.channels, -1)
+        x = cases.make(case).x.astype(np.float64)
+        rows = (x if case.has_lines else np.moveaxis(x, case.axis, 0)).reshape(case.statistics, -1)
         rest = rows[:, 1:] if case.outlier else rows
         np.testing.assert_allclose(np.abs(rest.mean(axis=1) / rest.std(axis=1)), offset, rtol=0.1, atol=0.1)
         if case.outlier:

@@ -203,9 +203,13 @@ EpilogueArgs epilogue(int activation, double slope, const Array& residual) {
   return {Activation(activation), slope, residual};
 }
 
-// The folds whose loops exist: a statistic's run along `inner` has one channel.
-void expect_loops(const Fold& f) {
-  expect(f.is_columns() || f.is_rows(), "no kernel takes a fold whose channels change along inner");
+// The folds whose loops exist. Lines have neither masks nor epilogues.
+void expect_loops(const Fold& f, const Array& x, py::handle mask = py::none(), py::handle residual = py::none(),
+                  int activation = 0) {
+  expect(f.is_columns() || f.is_rows() || f.is_lines(), "no kernel takes a fold whose channels change along inner");
+  if (f.is_rows() || f.is_columns()) return;
+  expect(mask.is_none() && residual.is_none() && activation == 0, "no kernel takes lines with a mask or an epilogue");
+  if (x.device != kCpu) type_error("x is on " + shown_device(x.device) + ": layer and RMS norm run on the CPU only");
 }
 
 // The backend of x's device, and what its verbs need besides their arguments: `stream`, a cudaStream_t, and `scratch`,
@@ -237,8 +241,8 @@ void call(const Array& x, Verb Backend::* verb, const Args& args) {
 
 void moments(const Fold& f, py::handle x, py::handle mask, bool center, py::handle count, py::handle mean,
              py::handle m2, uintptr_t stream, py::handle scratch) {
-  expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
+  expect_loops(f, in, mask);
   const int64_t s = f.statistics();
   call(in, &Backend::moments,
        MomentsArgs{f, in, mask_of(mask, f, in), center, statistics(count, "count", s, true, in),
@@ -261,8 +265,8 @@ void merge(int64_t before, int64_t axis, int64_t after, py::handle count, py::ha
 
 void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py::handle weight, py::handle bias,
                py::handle residual, int activation, double slope, py::handle y, uintptr_t stream, py::handle scratch) {
-  expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
+  expect_loops(f, in, py::none(), residual, activation);
   const Vector w(weight, "weight", f.channels(), in), b(bias, "bias", f.channels(), in);
   const int64_t s = f.statistics();
   call(in, &Backend::normalize,
@@ -275,10 +279,10 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
              py::handle running_var, py::handle residual, py::handle mask, py::handle y, py::handle mean,
              py::handle rstd, bool training, double momentum, int64_t counted, double eps, int activation, double slope,
              uintptr_t stream, py::handle scratch) {
-  expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
+  expect_loops(f, in, mask, residual, activation);
   const int64_t c = f.channels(), s = f.statistics();
-  expect(c == f.groups, "running statistics go with one channel per group");
+  expect(c == f.groups || running_mean.is_none(), "running statistics go with one channel per group");
   const Vector rm(running_mean, "running_mean", c, in, training), rv(running_var, "running_var", c, in, training);
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   expect(bool(rm.array()) == bool(rv.array()), "running_mean and running_var go together");
@@ -293,7 +297,7 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
     expect_apart(rv, "running_var", b, "bias");
   }
   double *m = statistics(mean, "mean", s, true, in), *r = statistics(rstd, "rstd", s, true, in);
-  expect(m && r, "mean and rstd must be given");
+  expect(r, "rstd must be given");
   call(in, &Backend::forward,
        ForwardArgs{f, in, w.array(), b.array(),
                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
@@ -309,13 +313,13 @@ void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::h
               py::handle bias, py::handle residual, py::handle mask, bool constant, int activation, double slope,
               py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, uintptr_t stream,
               py::handle scratch) {
-  expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
+  expect_loops(f, in, mask, residual, activation);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
   const double *m = statistics(mean, "mean", s, false, in), *r = statistics(rstd, "rstd", s, false, in);
-  expect(m && r && dw.array() && db.array(), "mean, rstd, dweight and dbias must be given");
+  expect(r && dw.array() && db.array(), "rstd, dweight and dbias must be given");
   call(in, &Backend::backward,
        BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
@@ -329,8 +333,8 @@ void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::h
 void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
                py::handle bias, py::handle residual, int activation, double slope, py::handle s1, py::handle s2,
                py::handle dweight, py::handle dbias, uintptr_t stream, py::handle scratch) {
-  expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
+  expect_loops(f, in, py::none(), residual, activation);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
@@ -347,8 +351,8 @@ void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::
 void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::handle rstd, py::handle weight,
                 py::handle bias, py::handle residual, int activation, double slope, py::handle cx, py::handle c0,
                 py::handle mask, py::handle dx, py::handle dresidual, uintptr_t stream, py::handle scratch) {
-  expect_loops(f);
   const Array in = tensor(x, "x", f.size(), false);
+  expect_loops(f, in, mask, residual, activation);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   call(in, &Backend::grad_input,

@@ -26,10 +26,12 @@ struct Fold {
   FN_INLINE int64_t per_statistic() const { return outer * inner; }
   FN_INLINE int64_t channels() const { return span > 0 ? groups * inner / span : groups; }
 
-  // Two shapes of memory are all that batch normalization needs. Rows: each run of `inner` elements has one statistic
-  // and one channel. Columns: neighbours in memory belong to different statistics and channels.
+  // Shapes of memory. Rows: each run of `inner` elements has one statistic and one channel. Columns: neighbours in memory
+  // belong to different statistics and channels. Lines: each run has one statistic, and its elements channels of their
+  // own.
   FN_INLINE bool is_columns() const { return inner == 1 && span == 1; }
   FN_INLINE bool is_rows() const { return inner == span; }
+  FN_INLINE bool is_lines() const { return outer == 1 && span == 1 && inner != 1; }
 };
 
 }  // namespace fusednorm

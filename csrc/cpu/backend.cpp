@@ -1,5 +1,6 @@
 // The CPU's table of verbs. Compiled once per instruction set, each time into its own namespace FUSEDNORM_ISA.
 #include "cpu/columns.h"
+#include "cpu/lines.h"
 #include "cpu/rows.h"
 
 #define FN_STRING(x) #x
@@ -36,12 +37,23 @@ void run(const BackwardPass& pass, EpilogueArgs epilogue) {
   });
 }
 
+// Lines have no epilogue.
+void run_lines(const ForwardPass& pass, double* mean, double* rstd) {
+  with_dtype(pass.x.dtype, [&](auto element) { forward_lines<decltype(element)>(pass, mean, rstd); });
+}
+void run_lines(const BackwardPass& pass, double* u, double* ux) {
+  with_dtype(pass.x.dtype, [&](auto element) { backward_lines<decltype(element)>(pass, u, ux); });
+}
+
 void moments(const MomentsArgs& a) {
   const int64_t s = a.fold.statistics();
   Scratch<Moments> found(s);
   for (int64_t i = 0; i < s; ++i) found[i] = Moments();
-  if (a.fold.size() > 0)
-    run(ForwardPass{a.fold, a.x, {}, {}, {}, a.mask, nullptr, nullptr, found.get(), a.center, 0}, {});
+  const ForwardPass pass{a.fold, a.x, {}, {}, {}, a.mask, nullptr, nullptr, found.get(), a.center, 0};
+  if (a.fold.size() > 0 && a.fold.is_lines())
+    run_lines(pass, nullptr, nullptr);
+  else if (a.fold.size() > 0)
+    run(pass, {});
   for (int64_t i = 0; i < s; ++i) {
     a.count[i] = found[i].n;
     a.mean[i] = found[i].mean;
@@ -65,7 +77,9 @@ void merge(const MergeArgs& a) {
 
 void normalize(const NormalizeArgs& a) {
   if (a.fold.size() == 0) return;
-  run(ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, a.mean, a.rstd, nullptr, true, 0}, a.epilogue);
+  const ForwardPass pass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, a.mean, a.rstd, nullptr, true, 0};
+  if (a.fold.is_lines()) return run_lines(pass, nullptr, nullptr);
+  run(pass, a.epilogue);
 }
 
 // New running value: old + weight·(new − old), rounded to its type after each of the batch entries, as calls in turn
@@ -81,25 +95,6 @@ void update_running(const RunningArgs& running, const Fold& f, const Moments* fo
     }
 }
 
-// 1/√(variance + eps) of a statistic whose variance is beyond float64 though its square root is not.
-double rstd_wide(const Fold& f, const double* x, const uint8_t* mask, int64_t s, double eps) {
-  const double* first = x + (s / f.groups * f.outer * f.groups + s % f.groups) * f.inner;
-  const uint8_t* first_position = mask ? mask + s / f.groups * f.outer * f.span : nullptr;
-  long double n = 0, mean = 0, m2 = 0;
-  const auto each = [&](auto&& add) {
-    for (int64_t o = 0; o < f.outer; ++o)
-      for (int64_t i = 0; i < f.inner; ++i)
-        if (!mask || first_position[o * f.span + i]) add(static_cast<long double>(first[o * f.groups * f.inner + i]));
-  };
-  each([&](long double v) {
-    n += 1;
-    mean += v;
-  });
-  mean /= n;
-  each([&](long double v) { m2 += (v - mean) * (v - mean); });
-  return double(1 / __builtin_sqrtl(m2 / n + eps));
-}
-
 void forward(const ForwardArgs& a) {
   const int64_t s = a.fold.statistics();
   if (!a.training) {
@@ -111,23 +106,27 @@ void forward(const ForwardArgs& a) {
   }
   if (a.fold.size() == 0) {
     for (int64_t i = 0; i < s; ++i) {
-      a.mean[i] = 0;
+      if (a.mean) a.mean[i] = 0;
       a.rstd[i] = 1 / __builtin_sqrt(a.eps);
     }
     return;
   }
+  if (a.fold.is_lines())
+    return run_lines(
+        ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, nullptr, nullptr, nullptr, bool(a.mean), a.eps},
+        a.mean, a.rstd);
   Scratch<Moments> found(s);
   // float64 in place: y must not be written before it is known that no variance overflowed.
   const bool twice = a.x.dtype == DType::f64 && a.x.data == a.y.data;
-  const ForwardPass pass{a.fold,  a.x,         a.weight, a.bias, twice ? Array() : a.y, a.mask, nullptr,
-                         nullptr, found.get(), true,     a.eps};
+  const ForwardPass pass{a.fold,  a.x,         a.weight,     a.bias, twice ? Array() : a.y, a.mask, nullptr,
+                         nullptr, found.get(), bool(a.mean), a.eps};
   run(pass, a.epilogue);
   bool again = twice;
   for (int64_t i = 0; i < s; ++i) {
-    a.mean[i] = pass.mean(i);
+    if (a.mean) a.mean[i] = pass.mean(i);
     a.rstd[i] = pass.rstd(i);
-    if (a.x.dtype == DType::f64 && found[i].m2 > 1.7976931348623157e308) {
-      a.rstd[i] = rstd_wide(a.fold, a.x.as<const double>(), a.mask, i, a.eps);
+    if (a.x.dtype == DType::f64 && found[i].m2 > kLargest) {
+      a.rstd[i] = rstd_wide(a.fold, a.x.as<const double>(), a.mask, i, a.mean, a.eps);
       again = true;
     }
   }
@@ -151,9 +150,20 @@ void parameter_gradients(const BackwardPass& pass, const Array& dweight, const A
 }
 
 void clear_gradients(const Fold& f, const Array& dweight, const Array& dbias) {
-  for (int64_t c = 0; c < f.groups; ++c) {
+  for (int64_t c = 0; c < f.channels(); ++c) {
     dweight.set(c, 0);
     dbias.set(c, 0);
+  }
+}
+
+// The sums of `pass.found` are s1 and s2 where a line's elements are channels.
+void run_lines_sums(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
+  const int64_t channels = pass.fold.channels();
+  Scratch<double> u(channels), ux(channels);
+  run_lines(pass, u.get(), ux.get());
+  for (int64_t c = 0; c < channels; ++c) {
+    dweight.set(c, ux[c]);
+    dbias.set(c, u[c]);
   }
 }
 
@@ -167,6 +177,14 @@ void grad_sums(const GradSumsArgs& a) {
   Scratch<GradSums> found(s);
   const BackwardPass pass{f,       a.dy,    a.x,  a.mean,  a.rstd,  a.weight, a.bias, found.get(),
                           nullptr, nullptr, true, nullptr, nullptr, {},       {}};
+  if (f.is_lines()) {
+    run_lines_sums(pass, a.dweight, a.dbias);
+    for (int64_t i = 0; i < s; ++i) {
+      a.s1[i] = found[i].u;
+      a.s2[i] = found[i].uz;
+    }
+    return;
+  }
   run(pass, a.epilogue);
   for (int64_t i = 0; i < s; ++i) {
     const double w = a.weight.get_or(i % f.groups, 1);
@@ -179,9 +197,10 @@ void grad_sums(const GradSumsArgs& a) {
 
 void grad_input(const GradInputArgs& a) {
   if (a.fold.size() == 0) return;
-  run(BackwardPass{a.fold, a.dy, a.x, a.mean, a.rstd, a.weight, a.bias, nullptr, a.cx, a.c0, !a.cx && !a.c0, a.mask,
-                   nullptr, a.dx, a.dresidual},
-      a.epilogue);
+  const BackwardPass pass{a.fold, a.dy,           a.x,    a.mean,  a.rstd, a.weight,   a.bias, nullptr, a.cx,
+                          a.c0,   !a.cx && !a.c0, a.mask, nullptr, a.dx,   a.dresidual};
+  if (a.fold.is_lines()) return run_lines(pass, nullptr, nullptr);
+  run(pass, a.epilogue);
 }
 
 void backward(const BackwardArgs& a) {
@@ -195,6 +214,7 @@ void backward(const BackwardArgs& a) {
   }
   const BackwardPass pass{a.fold,  a.dy,    a.x,        a.mean, a.rstd,      a.weight, a.bias,     found.get(),
                           nullptr, nullptr, a.constant, a.mask, count.get(), a.dx,     a.dresidual};
+  if (a.fold.is_lines()) return run_lines_sums(pass, a.dweight, a.dbias);
   run(pass, a.epilogue);
   parameter_gradients(pass, a.dweight, a.dbias);
 }

@@ -80,13 +80,16 @@ struct ForwardPass {
   Fold fold;
   Array x, weight, bias, y;               // no y: statistics only
   const uint8_t* mask;                    // of the statistics
-  const double *given_mean, *given_rstd;  // null: taken from x
+  const double *given_mean, *given_rstd;  // no rstd: taken from x; no mean: 0
   Moments* found;                         // [S] out, unless given
   bool center;
   double eps;
 
-  FN_INLINE bool takes_statistics() const { return !given_mean; }
-  FN_INLINE double mean(int64_t s) const { return given_mean ? given_mean[s] : found[s].mean; }
+  FN_INLINE bool takes_statistics() const { return !given_rstd; }
+  FN_INLINE double mean(int64_t s) const {
+    if (given_rstd) return given_mean ? given_mean[s] : 0;
+    return found[s].mean;
+  }
   FN_INLINE double rstd(int64_t s) const {
     if (given_rstd) return given_rstd[s];
     return 1 / __builtin_sqrt((found[s].n > 0 ? found[s].m2 / found[s].n : 0) + eps);
@@ -101,7 +104,7 @@ struct ForwardPass {
 struct BackwardPass {
   Fold fold;
   Array dy, x;
-  const double *mean, *rstd;
+  const double *mean, *rstd;  // no mean: 0, and no constant
   Array weight, bias;
   GradSums* found;        // [S] out: Σu, Σu·z per statistic, unweighted; null: not taken
   const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
@@ -121,15 +124,16 @@ struct BackwardPass {
       one = c0 ? c0[s] : 0;
     } else if (!constant && !sums_only && n > 0) {
       x_hat = -w * found[s].ux(lo<R>(s), rstd[s]) / n;
-      one = -w * found[s].u / n;
+      one = mean ? -w * found[s].u / n : 0;
     }
-    const Affine<R> a = fusednorm::affine<R>(mean[s], rstd[s], w, bias.get_or(c, 0));
-    const GradAffine<R> g = fusednorm::grad_affine<R>(mean[s], rstd[s], w, x_hat, one);
+    const Affine<R> a = fusednorm::affine<R>(mean_of(s), rstd[s], w, bias.get_or(c, 0));
+    const GradAffine<R> g = fusednorm::grad_affine<R>(mean_of(s), rstd[s], w, x_hat, one);
     return {g.hi, g.rstd, g.scale, g.slope, g.shift, a.scale, a.shift};
   }
+  FN_INLINE double mean_of(int64_t s) const { return mean ? mean[s] : 0; }
   template <class R>
   FN_INLINE double lo(int64_t s) const {
-    return mean[s] - double(pivot<R>(mean[s], rstd[s]));
+    return mean_of(s) - double(pivot<R>(mean_of(s), rstd[s]));
   }
 };
 
@@ -277,6 +281,28 @@ template <class T>
 FN_INLINE bool out_of_range(double sum, double squares) {
   if (sizeof(Real<T>) == 8) return !(squares < 1e300);
   return !(squares > 1e-28 && squares < 1e38) && !(sum == 0 && squares == 0);
+}
+
+constexpr double kLargest = 1.7976931348623157e308;
+
+// 1/√(variance + eps) of a statistic whose variance is beyond float64 though its square root is not.
+[[gnu::noinline]] double rstd_wide(const Fold& f, const double* x, const uint8_t* mask, int64_t s, bool center,
+                                   double eps) {
+  const double* first = x + (s / f.groups * f.outer * f.groups + s % f.groups) * f.inner;
+  const uint8_t* first_position = mask ? mask + s / f.groups * f.outer * f.span : nullptr;
+  long double n = 0, mean = 0, m2 = 0;
+  const auto each = [&](auto&& add) {
+    for (int64_t o = 0; o < f.outer; ++o)
+      for (int64_t i = 0; i < f.inner; ++i)
+        if (!mask || first_position[o * f.span + i]) add(static_cast<long double>(first[o * f.groups * f.inner + i]));
+  };
+  each([&](long double v) {
+    n += 1;
+    if (center) mean += v;
+  });
+  mean /= n;
+  each([&](long double v) { m2 += (v - mean) * (v - mean); });
+  return double(1 / __builtin_sqrtl(m2 / n + eps));
 }
 
 }  // namespace

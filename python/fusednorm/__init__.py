@@ -14,13 +14,27 @@ from __future__ import annotations
 from typing import Any
 
 from fusednorm import _C, arrays, reference
-from fusednorm.functional import batch_norm, batch_norm_backward, batch_norm_forward, batch_normalization, moments
-from fusednorm.layers import BatchNorm
+from fusednorm.functional import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_normalization,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_forward,
+    moments,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
+from fusednorm.layers import BatchNorm, LayerNorm, RMSNorm
 from fusednorm.statistics import Moments
 
 __all__ = [
     "BatchNorm",
+    "LayerNorm",
     "Moments",
+    "RMSNorm",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
@@ -28,8 +42,14 @@ __all__ = [
     "build_info",
     "empty_cache",
     "get_num_threads",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "moments",
     "reference",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "set_num_threads",
 ]
 

@@ -35,6 +35,9 @@ batch                (1, N, C, HW, HW)               (1, N·HW, C, 1, 1)
 batch of (N, C)      (1, N, C, 1, 1)                 the same
 ghost, B samples     (N/B, B, C, HW, HW)             (N/B, B·HW, C, 1, 1)
 ===================  ==============================  =============================
+
+Layer norm and RMS norm of M rows of D numbers are (M, 1, 1, D, 1): a row has one statistic, and each of its numbers a
+parameter of its own.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from collections.abc import Sequence
 
 from fusednorm._C import Fold
 
-__all__ = ["Fold", "batch", "memory_order", "reduction"]
+__all__ = ["Fold", "batch", "layer", "memory_order", "reduction"]
 
 
 def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, ...] | None:
@@ -71,6 +74,15 @@ def batch(shape: Sequence[int], order: Sequence[int], axis: int, ghosts: int = 1
     after = order[order.index(axis) + 1 :] if axis in order else ()
     outer, inner = math.prod(shape[a] for a in before), math.prod(shape[a] for a in after)
     return Fold(ghosts, outer // ghosts, shape[axis], inner, inner)
+
+
+def layer(shape: Sequence[int], order: Sequence[int], normalized: int) -> Fold | None:
+    """Layer normalization over the last `normalized` axes; None where these are not the fastest in memory, in order."""
+    kept = len(shape) - normalized
+    inner = [a for a in order if a >= kept]
+    if list(order[len(order) - len(inner) :]) != sorted(inner):
+        return None
+    return Fold(math.prod(shape[:kept]), 1, 1, math.prod(shape[kept:]), 1)
 
 
 def reduction(shape: Sequence[int], order: Sequence[int], reduced: frozenset[int]) -> Fold | None:

@@ -370,7 +370,7 @@ def _statistics(a: object, name: str, shape: tuple[int, ...], x: Array) -> Array
     if a.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {a.shape}")
     _floating(name, a.dtype)
-    return arrays.namespace(a).ascontiguousarray(a, np.float64)  # type: ignore[no-any-return]
+    return arrays.namespace(a).asarray(a, np.float64, order="C")  # type: ignore[no-any-return]
 
 
 @arrays.on_its_device
@@ -458,6 +458,270 @@ def batch_norm_backward(
         dweight[...], dbias[...] = sums[0] + sums[1]
     dx = _deliver(dx, out)
     return (dx, dweight, dbias) if dresidual is None else (dx, dweight, dbias, dresidual)
+
+
+def _shape_of(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(normalized_shape, int | np.integer):
+        return (int(normalized_shape),)
+    shape = tuple(map(int, normalized_shape))
+    if not shape:
+        raise ValueError("Expected normalized_shape to be at least 1-dimensional, but got normalized_shape=[]")
+    return shape
+
+
+def _normalized(x: Array, normalized_shape: int | Sequence[int], **parameters: Array | None) -> tuple[int, ...]:
+    """The lengths of the normalized axes, the last ones; parameters must have that shape."""
+    shape = _shape_of(normalized_shape)
+    if x.shape[-len(shape) :] != shape:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(
+            f"Given normalized_shape={list(shape)}, expected input with shape [*, {expected}], but got input of "
+            f"size{list(x.shape)}"
+        )
+    for name, a in parameters.items():
+        if a is not None and a.shape != shape:
+            raise ValueError(f"Expected {name} to be of same shape as normalized_shape, but got {a.shape} and {shape}")
+    return shape
+
+
+class _Lines(NamedTuple):
+    """How an array is seen as lines, one after the other in memory, and where the lines' statistics belong."""
+
+    fold: fold.Fold
+    kept: tuple[int, ...]  # lengths of the axes that are not normalized
+    order: tuple[int, ...] | None  # of these axes in memory; None: as they are
+
+    def shaped(self, statistic: Array) -> Array:
+        """From the lines' order to that of the kept axes."""
+        if self.order is None:
+            return statistic.reshape(self.kept)
+        lying = statistic.reshape([self.kept[a] for a in self.order]).transpose(np.argsort(self.order).tolist())
+        return arrays.namespace(statistic).ascontiguousarray(lying)  # type: ignore[no-any-return]
+
+    def flat(self, statistic: Array) -> Array:
+        """And back."""
+        return (statistic if self.order is None else statistic.transpose(self.order)).ravel()
+
+
+@lru_cache(maxsize=4096)
+def _line_layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], normalized: int
+) -> _Lines | None:
+    """None where the array must first be copied to C order."""
+    _floating("x", dtype)
+    order = fold.memory_order(shape, strides, dtype.itemsize)
+    found = None if order is None else fold.layer(shape, order, normalized)
+    if order is None or found is None or not dtype.isnative:
+        return None
+    kept = shape[: len(shape) - normalized]
+    long = [a for a in order if a < len(kept)]
+    as_lying = (*(a for a in range(len(kept)) if a not in long), *long)
+    return _Lines(found, kept, None if long == sorted(long) else as_lying)
+
+
+def _lines(x: Array, normalized: int) -> tuple[Array, _Lines]:
+    """`x`, or a C-ordered copy of it, and its lines."""
+    lines = _line_layout(x.shape, x.strides, x.dtype, normalized)
+    if lines is None or not arrays.is_plain(x):
+        copy = arrays.empty(x.shape, x.dtype.newbyteorder("="), beside=x)
+        copy[...] = x
+        return _lines(copy, normalized)
+    return x, lines
+
+
+def _line(parameter: Array | None) -> Array | None:
+    return None if parameter is None else parameter.reshape(-1)
+
+
+def _line_forward(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    center: bool,
+    out: Array | None,
+) -> tuple[Array, Array | None, Array]:
+    given = arrays.taken(x, "x")
+    weight = None if weight is None else arrays.taken(weight, "weight")
+    bias = None if bias is None else arrays.taken(bias, "bias")
+    x, lines = _lines(given, len(_normalized(given, normalized_shape, weight=weight, bias=bias)))
+    out = arrays.beside(out, "out", given)
+    y = _output(out, given, x, (given, weight, bias))
+    mean, rstd = arrays.statistics(x, lines.fold.statistics)
+    queue = arrays.queue(x, lines.fold)
+    _C.forward(
+        lines.fold, x, _line(weight), _line(bias), None, None, None, None, y, mean if center else None, rstd,
+        True, 0.0, -1, eps, 0, 0.0, *queue,
+    )  # fmt: skip
+    arrays.launched(queue, y, mean, rstd)
+    if x is not given and out is None:
+        y = arrays.laid_out_like(y, arrays.empty_like(given))
+    return _deliver(y, out), lines.shaped(mean) if center else None, lines.shaped(rstd)
+
+
+def _line_backward(
+    dy: Array,
+    x: Array,
+    mean: Array | None,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    out: Array | None,
+) -> tuple[Array, Array, Array]:
+    given = arrays.taken(x, "x")
+    weight = None if weight is None else arrays.taken(weight, "weight")
+    bias = None if bias is None else arrays.taken(bias, "bias")
+    rstd = arrays.taken(rstd, "rstd")
+    shape = _normalized(given, given.shape[rstd.ndim :], weight=weight, bias=bias)
+    x, lines = _lines(given, len(shape))
+    dy = _alike(dy, "dy", given, x)
+    mean = None if mean is None else lines.flat(_statistics(mean, "mean", lines.kept, x))
+    rstd = lines.flat(_statistics(rstd, "rstd", lines.kept, x))
+    out = arrays.beside(out, "out", x)
+    dx = _output(out, given, x, (given, dy, weight))
+    default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
+    dweight = arrays.empty(shape, default if weight is None else weight.dtype, beside=x)
+    dbias = arrays.empty(shape, default if bias is None else bias.dtype, beside=x)
+    queue = arrays.queue(x, lines.fold)
+    _C.backward(
+        lines.fold, dy, x, mean, rstd, _line(weight), None, None, None, False, 0, 0.0, dx, None, dweight.reshape(-1),
+        dbias.reshape(-1), *queue,
+    )  # fmt: skip
+    arrays.launched(queue, dx, dweight, dbias, mean, rstd)
+    if x is not given and out is None:
+        dx = arrays.laid_out_like(dx, arrays.empty_like(given))
+    return _deliver(dx, out), dweight, dbias
+
+
+@arrays.on_its_device
+def layer_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """Layer normalization in the order of ``torch.nn.functional.layer_norm``; see :func:`layer_norm_forward`."""
+    return _line_forward(x, normalized_shape, weight, bias, eps, True, out)[0]
+
+
+@arrays.on_its_device
+def layer_norm_forward(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Layer normalization (Ba, Kiros & Hinton 2016): ``y = (x − mean)·rstd·weight + bias`` over the last axes.
+
+    Parameters
+    ----------
+    x : (..., *normalized_shape)
+        float32, float64, float16 or bfloat16. Read where it lies if the normalized axes are the fastest in memory, else
+        through a copy.
+    normalized_shape : int or sequence of ints
+        The lengths of the last axes, over which the statistics are taken.
+    weight, bias : (*normalized_shape,), optional
+        Any of the four dtypes, whatever x's.
+    eps : float
+        Added to the variance.
+    out : like x, optional
+        Where y goes; it may be x itself. A backward needs the original x.
+
+    Returns
+    -------
+    y : like x
+    mean, rstd : float64, x's shape without the normalized axes
+        What the backward needs: ``rstd = 1/√(variance + eps)``.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit; an `out` that is read-only or shares memory with another array.
+    TypeError
+        Arrays of another kind, other dtypes.
+    """
+    y, mean, rstd = _line_forward(x, normalized_shape, weight, bias, eps, True, out)
+    assert mean is not None
+    return y, mean, rstd
+
+
+@arrays.on_its_device
+def layer_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of :func:`layer_norm_forward`: dx like x, dweight and dbias in normalized_shape.
+
+    dy is like x, its memory layout may differ. mean and rstd are the forward's; the axes of x that they lack are the
+    normalized ones. bias only says which dtype its gradient has.
+    `out`, where dx goes, may be dy or x itself. dweight and dbias are in the parameter's dtype; without one float32,
+    for float64 x float64. Raises as the forward.
+    """
+    return _line_backward(dy, x, mean, rstd, weight, bias, out)
+
+
+def _finfo_eps(dtype: np.dtype[Any]) -> float:
+    return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
+
+
+@arrays.on_its_device
+def rms_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = None,
+    eps: float | None = None,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """RMS normalization in the order of ``torch.nn.functional.rms_norm``; see :func:`rms_norm_forward`."""
+    return rms_norm_forward(x, normalized_shape, weight, eps, out=out)[0]
+
+
+@arrays.on_its_device
+def rms_norm_forward(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: Array | None = None,
+    eps: float | None = None,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """RMS normalization (Zhang & Sennrich 2019): ``y = x·rstd·weight`` with ``rstd = 1/√(Σx²/n + eps)``.
+
+    Arguments and errors are those of :func:`layer_norm_forward`; eps None is x's ``finfo(dtype).eps``, as in PyTorch.
+    Returns y and rstd.
+    """
+    x = arrays.taken(x, "x")
+    _floating("x", x.dtype)
+    eps = _finfo_eps(x.dtype) if eps is None else eps
+    y, _, rstd = _line_forward(x, normalized_shape, weight, None, eps, False, out)
+    return y, rstd
+
+
+@arrays.on_its_device
+def rms_norm_backward(
+    dy: Array,
+    x: Array,
+    rstd: Array,
+    weight: Array | None = None,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """Gradients of :func:`rms_norm_forward`, dx and dweight; arguments as in :func:`layer_norm_backward`."""
+    return _line_backward(dy, x, None, rstd, weight, None, out)[:2]
 
 
 def _kept_first(x: Array, reduced: frozenset[int]) -> tuple[Array, tuple[int, ...], fold.Fold, tuple[int, ...]]:

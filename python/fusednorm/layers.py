@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from fusednorm import arrays, functional
 from fusednorm.arrays import Array
 from fusednorm.functional import Activation
 
-__all__ = ["BatchNorm"]
+_L = TypeVar("_L", bound="_Layer")
+
+__all__ = ["BatchNorm", "LayerNorm", "RMSNorm"]
 
 
 def _dtype(dtype: Any) -> np.dtype[Any]:
@@ -33,7 +35,123 @@ def _array(value: Any, name: str) -> Array:
     return arrays.taken(value, name) if arrays.is_of_a_gpu(value) else np.asarray(value)
 
 
-class BatchNorm:
+class _Layer:
+    """Arrays under PyTorch's names on one device, and what a call saves for its backward."""
+
+    _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    weight_grad: Array | None
+    bias_grad: Array | None
+    _weight: Array | None = None
+    _bias: Array | None = None
+
+    def __init__(self, device: str, **initial: Array | None) -> None:
+        self.device = "cpu"
+        self.training = True
+        self.weight_grad = self.bias_grad = None
+        for name in self._arrays:
+            setattr(self, "_" + name, initial[name])
+        self._saved = threading.local()
+        self.to(device)
+
+    def _assign(self, name: str, value: Any) -> None:
+        own = getattr(self, "_" + name)
+        if own is None:
+            raise AttributeError(f"this layer has no {name}")
+        value = _array(value, name)
+        if value.shape != own.shape:
+            raise ValueError(f"{name} should contain {own.size} elements not {value.size}")
+        value = arrays.moved(value, self.device)
+        with arrays.on(self.device):
+            own[...] = value
+
+    @property
+    def weight(self) -> Array | None:
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._assign("weight", value)
+
+    @property
+    def bias(self) -> Array | None:
+        return self._bias
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        self._assign("bias", value)
+
+    def _here(self, x: Array) -> None:
+        """TypeError where x is not on the layer's device."""
+        if type(x) is not np.ndarray or self.device != "cpu":
+            arrays.expect_on(self.device, x, "layer")
+
+    def _take_saved(self) -> Any:
+        saved = getattr(self._saved, "call", None)
+        if saved is None:
+            raise RuntimeError("backward needs a call of the layer before it; each call's state serves one backward")
+        return saved
+
+    def train(self: _L, mode: bool = True) -> _L:
+        """Training mode, or evaluation where `mode` is False. Returns the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self: _L) -> _L:
+        """Evaluation mode: running statistics are used and stay as they are. Returns the layer."""
+        return self.train(False)
+
+    def to(self: _L, device: str) -> _L:
+        """The layer, after its arrays were moved to `device`; raises as the constructor. A graph that was captured with
+        the layer keeps using the arrays of before.
+        """
+        device = arrays.checked_device(device)
+        names = (*("_" + name for name in self._arrays), "weight_grad", "bias_grad")
+        there = {name: getattr(self, name) for name in names}
+        there = {name: None if a is None else arrays.moved(a, device) for name, a in there.items()}
+        self.__dict__.update(there, device=device)
+        return self
+
+    def _state(self) -> dict[str, Array | None]:
+        return {name: getattr(self, "_" + name) for name in self._arrays}
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of parameters and statistics under PyTorch's names, on the layer's device."""
+        with arrays.on(self.device):
+            return {name: value.copy() for name, value in self._state().items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy a state in, from any device, after all of it was checked. `num_batches_tracked` may be missing.
+
+        Raises KeyError for missing or unexpected names, ValueError for sizes.
+        """
+        own = self.state_dict()
+        missing = [name for name in own if name not in state and name != "num_batches_tracked"]
+        unexpected = [name for name in state if name not in own]
+        if missing:
+            raise KeyError(f"Missing key(s) in state_dict: {', '.join(missing)}")
+        if unexpected:
+            raise KeyError(f"Unexpected key(s) in state_dict: {', '.join(unexpected)}")
+        values = {name: _array(value, name) for name, value in state.items()}
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"size mismatch for {name}: expected {own[name].shape}, got {value.shape}")
+            if value.dtype.kind not in "fiu" and value.dtype.name != "bfloat16":
+                raise ValueError(f"{name} must be numbers, got dtype {value.dtype}")
+        if not math.isfinite(values.get("num_batches_tracked", 0)):
+            raise ValueError("num_batches_tracked must be a finite number")
+        for name, value in values.items():
+            self._assign(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_saved"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._saved = threading.local()
+
+
+class BatchNorm(_Layer):
     """Batch normalization over every axis but one (Ioffe & Szegedy 2015), with PyTorch's conventions.
 
     ``y = act((x − mean)/√(variance + eps)·weight + bias + residual)``. A layer starts in training mode, where mean and
@@ -77,8 +195,9 @@ class BatchNorm:
     threads may evaluate one layer at once; training from several needs the caller's lock.
     """
 
-    weight_grad: Array | None
-    bias_grad: Array | None
+    _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
+    _running_mean: Array | None
+    _running_var: Array | None
 
     def __init__(
         self,
@@ -107,43 +226,20 @@ class BatchNorm:
         self.axis = axis
         self.activation = activation
         self.ghost_batch_size = ghost_batch_size
-        self.device = "cpu"
-        self.training = True
         self.num_batches_tracked = 0
-        self.weight_grad = self.bias_grad = None
-        self._weight = np.ones(num_features, kind) if affine else None
-        self._bias = np.zeros(num_features, kind) if affine else None
-        self._running_mean = np.zeros(num_features, kind) if track_running_stats else None
-        self._running_var = np.ones(num_features, kind) if track_running_stats else None
-        self._saved = threading.local()
-        self.to(device)
+        super().__init__(
+            device,
+            weight=np.ones(num_features, kind) if affine else None,
+            bias=np.zeros(num_features, kind) if affine else None,
+            running_mean=np.zeros(num_features, kind) if track_running_stats else None,
+            running_var=np.ones(num_features, kind) if track_running_stats else None,
+        )
 
     def _assign(self, name: str, value: Any) -> None:
-        own = getattr(self, "_" + name)
-        if own is None:
-            raise AttributeError(f"this layer has no {name}")
-        value = _array(value, name)
-        if value.shape != own.shape:
-            raise ValueError(f"{name} should contain {own.size} elements not {value.size}")
-        value = arrays.moved(value, self.device)
-        with arrays.on(self.device):
-            own[...] = value
-
-    @property
-    def weight(self) -> Array | None:
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self._assign("weight", value)
-
-    @property
-    def bias(self) -> Array | None:
-        return self._bias
-
-    @bias.setter
-    def bias(self, value: Any) -> None:
-        self._assign("bias", value)
+        if name == "num_batches_tracked":
+            self.num_batches_tracked = int(value)
+        else:
+            super()._assign(name, value)
 
     @property
     def running_mean(self) -> Array | None:
@@ -165,8 +261,7 @@ class BatchNorm:
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
     ) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`."""
-        if type(x) is not np.ndarray or self.device != "cpu":
-            arrays.expect_on(self.device, x, "layer")
+        self._here(x)
         training, tracked = self.training, self.track_running_stats
         batch_statistics = training or not tracked
         count, momentum = -1, self.momentum
@@ -199,10 +294,7 @@ class BatchNorm:
 
         Raises RuntimeError where there was no call since the last backward.
         """
-        saved = getattr(self._saved, "call", None)
-        if saved is None:
-            raise RuntimeError("backward needs a call of the layer before it; each call's state serves one backward")
-        x, mean, rstd, batch_statistics, residual, mask = saved
+        x, mean, rstd, batch_statistics, residual, mask = self._take_saved()
         dx, dweight, dbias, *dresidual = functional.batch_norm_backward(
             dy,
             x,
@@ -223,26 +315,6 @@ class BatchNorm:
             self.weight_grad, self.bias_grad = dweight, dbias
         return (dx, *dresidual) if dresidual else dx
 
-    def train(self, mode: bool = True) -> BatchNorm:
-        """Training mode, or evaluation where `mode` is False. Returns the layer."""
-        self.training = bool(mode)
-        return self
-
-    def eval(self) -> BatchNorm:
-        """Evaluation mode: the running statistics are used and stay as they are. Returns the layer."""
-        return self.train(False)
-
-    def to(self, device: str) -> BatchNorm:
-        """The layer, after its arrays were moved to `device`; raises as the constructor. A graph that was captured with
-        the layer keeps using the arrays of before.
-        """
-        device = arrays.checked_device(device)
-        names = "_weight", "_bias", "_running_mean", "_running_var", "weight_grad", "bias_grad"
-        there = {name: getattr(self, name) for name in names}
-        there = {name: None if a is None else arrays.moved(a, device) for name, a in there.items()}
-        self.__dict__.update(there, device=device)
-        return self
-
     def scale_shift(self) -> tuple[Array, Array]:
         """Evaluation as one scale and one shift a channel: ``y = x·scale + shift`` (before residual and activation).
 
@@ -260,50 +332,9 @@ class BatchNorm:
                 shift = shift + self._bias.astype(np.float64)
         return scale, shift
 
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of parameters and running statistics under PyTorch's names, on the layer's device."""
-        state = {
-            "weight": self._weight,
-            "bias": self._bias,
-            "running_mean": self._running_mean,
-            "running_var": self._running_var,
-            "num_batches_tracked": np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None,
-        }
-        with arrays.on(self.device):
-            return {name: value.copy() for name, value in state.items() if value is not None}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a state in, from any device, after all of it was checked. `num_batches_tracked` may be missing.
-
-        Raises KeyError for missing or unexpected names, ValueError for sizes.
-        """
-        own = self.state_dict()
-        missing = [name for name in own if name not in state and name != "num_batches_tracked"]
-        unexpected = [name for name in state if name not in own]
-        if missing:
-            raise KeyError(f"Missing key(s) in state_dict: {', '.join(missing)}")
-        if unexpected:
-            raise KeyError(f"Unexpected key(s) in state_dict: {', '.join(unexpected)}")
-        values = {name: _array(value, name) for name, value in state.items()}
-        for name, value in values.items():
-            if value.shape != own[name].shape:
-                raise ValueError(f"size mismatch for {name}: expected {own[name].shape}, got {value.shape}")
-            if value.dtype.kind not in "fiu" and value.dtype.name != "bfloat16":
-                raise ValueError(f"{name} must be numbers, got dtype {value.dtype}")
-        if not math.isfinite(values.get("num_batches_tracked", 0)):
-            raise ValueError("num_batches_tracked must be a finite number")
-        for name, value in values.items():
-            if name == "num_batches_tracked":
-                self.num_batches_tracked = int(value)
-            else:
-                self._assign(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_saved"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._saved = threading.local()
+    def _state(self) -> dict[str, Array | None]:
+        tracked = np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None
+        return {**super()._state(), "num_batches_tracked": tracked}
 
     def __repr__(self) -> str:
         return (
@@ -311,3 +342,107 @@ class BatchNorm:
             f"track_running_stats={self.track_running_stats}, axis={self.axis}, activation={self.activation!r}, "
             f"ghost_batch_size={self.ghost_batch_size})"
         )
+
+
+class LayerNorm(_Layer):
+    """Layer normalization over the last axes (Ba, Kiros & Hinton 2016): ``y = (x − mean)·rstd·weight + bias``.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of ints
+        The lengths of the last axes of x, over which each statistic is taken.
+    eps : float
+        Added to the variance.
+    elementwise_affine, bias : bool
+        Whether there are a weight (ones) and a bias (zeros) of normalized_shape; no bias without a weight.
+    dtype, device
+        As in :class:`BatchNorm`.
+
+    Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        kind = _dtype(dtype)
+        self.normalized_shape = functional._shape_of(normalized_shape)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        super().__init__(
+            device,
+            weight=np.ones(self.normalized_shape, kind) if elementwise_affine else None,
+            bias=np.zeros(self.normalized_shape, kind) if elementwise_affine and bias else None,
+        )
+
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """y for x of shape (..., *normalized_shape); raises as :func:`layer_norm_forward`."""
+        self._here(x)
+        y, mean, rstd = functional.layer_norm_forward(
+            x, self.normalized_shape, self._weight, self._bias, self.eps, out=out
+        )
+        self._saved.call = (x, mean, rstd)
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """dx; sets weight_grad and bias_grad. RuntimeError where there was no call since the last backward."""
+        x, mean, rstd = self._take_saved()
+        dx, dweight, dbias = functional.layer_norm_backward(dy, x, mean, rstd, self._weight, self._bias, out=out)
+        self._saved.call = None
+        self.weight_grad = None if self._weight is None else dweight
+        self.bias_grad = None if self._bias is None else dbias
+        return dx
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerNorm({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+            f"bias={self._bias is not None})"
+        )
+
+
+class RMSNorm(_Layer):
+    """RMS normalization over the last axes (Zhang & Sennrich 2019): ``y = x/√(Σx²/n + eps)·weight``.
+
+    Parameters are those of :class:`LayerNorm`, without a bias; eps None is x's ``finfo(dtype).eps``, as in PyTorch.
+    """
+
+    _arrays: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        kind = _dtype(dtype)
+        self.normalized_shape = functional._shape_of(normalized_shape)
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        super().__init__(device, weight=np.ones(self.normalized_shape, kind) if elementwise_affine else None)
+
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """y for x of shape (..., *normalized_shape); raises as :func:`rms_norm_forward`."""
+        self._here(x)
+        y, rstd = functional.rms_norm_forward(x, self.normalized_shape, self._weight, self.eps, out=out)
+        self._saved.call = (x, rstd)
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """dx; sets weight_grad. RuntimeError where there was no call since the last backward."""
+        x, rstd = self._take_saved()
+        dx, dweight = functional.rms_norm_backward(dy, x, rstd, self._weight, out=out)
+        self._saved.call = None
+        self.weight_grad = None if self._weight is None else dweight
+        return dx
+
+    def __repr__(self) -> str:
+        return f"RMSNorm({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine})"

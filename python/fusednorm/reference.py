@@ -625,13 +625,19 @@ def layer_norm_forward(
 
 
 def layer_norm_backward(
-    dy: ArrayLike, x: ArrayLike, mean: ArrayLike, rstd: ArrayLike, weight: ArrayLike | None = None
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    rstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
 ) -> tuple[Float64, Float64, Float64]:
     """Gradients of :func:`layer_norm_forward`.
 
     Args:
         dy: gradient of the loss with respect to ``y``, the shape of ``x``.
         x, weight: as in the forward call.
+        bias: without effect; it is here because every norm's backward takes the forward's parameters.
         mean, rstd: what the forward call returned. The axes of ``x`` that they lack are the normalized ones.
 
     Returns:

@@ -46,6 +46,7 @@ inline Fold rows(int64_t batch, int64_t outer, int64_t groups, int64_t inner) {
   return {batch, outer, groups, inner, inner};
 }
 inline Fold columns(int64_t batch, int64_t outer, int64_t groups) { return {batch, outer, groups, 1, 1}; }
+inline Fold lines(int64_t batch, int64_t groups, int64_t inner) { return {batch, 1, groups, inner, 1}; }
 
 // What the verbs read. The statistics are those of x.
 struct Inputs {

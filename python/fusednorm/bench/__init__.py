@@ -164,7 +164,7 @@ def measure(
             "pass": pass_,
             "activation": case.activation,
             "residual": case.residual,
-            "checked": [len(channels), case.channels],
+            "checked": [len(channels), case.shape[_axis(case)]],
             "wrong": list(wrong),
             "ms": {},
             "ratios": {},
@@ -186,7 +186,14 @@ def _layout(case: Case) -> str:
     return "last" if case.axis % len(case.shape) == len(case.shape) - 1 else "first"
 
 
+def _axis(case: Case) -> int:
+    """Along which results are looked at: the channels, or the lines."""
+    return 0 if case.has_lines else case.axis % len(case.shape)
+
+
 def _checked_channels(case: Case) -> Array:
+    if case.has_lines:  # all: no gradient of a parameter is that of some of them
+        return np.arange(case.shape[0])
     per_channel = max(case.size // max(case.channels, 1), 1)
     count = min(case.channels, max(CHECKED_ELEMENTS // per_channel, 3))
     return np.unique(np.linspace(0, case.channels - 1, count).astype(np.int64))
@@ -195,11 +202,11 @@ def _checked_channels(case: Case) -> Array:
 def _check(case: Case, inputs: Inputs, channels: Array, machine: Cpu | Gpu) -> list[str]:
     """What is wrong with our results, of the tensors as they are timed, on the given channels."""
     got = run_case(case, inputs, fusednorm, to_device=lambda a: a.copy(), to_host=lambda a: a)
-    axis = case.axis % len(case.shape)
+    axis = _axis(case)
 
     def some(array: Array | None) -> Array | None:
-        if array is None:
-            return None
+        if array is None or case.has_lines:
+            return array
         return machine.some(array, channels, axis if array.ndim == len(case.shape) else 0)
 
     shape = (*case.shape[:axis], len(channels), *case.shape[axis + 1 :])
@@ -212,7 +219,7 @@ def _check(case: Case, inputs: Inputs, channels: Array, machine: Cpu | Gpu) -> l
 
 def _disagreements(case: Case, entrants: Sequence[Contender], channels: Array, machine: Cpu | Gpu) -> list[str]:
     """Contenders that do not compute what the first of them does."""
-    axis = case.axis % len(case.shape)
+    axis = _axis(case)
     first: Array | None = None
     found = []
     for entrant in entrants:

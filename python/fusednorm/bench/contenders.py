@@ -82,7 +82,7 @@ class Cpu:
         # The copy's own output, clean again: a copy onto lines that another kernel left dirty takes twice as long.
         found = [Contender("copy", copy, prepare=copy), *ours(case, inputs, pass_)]
         if importlib.util.find_spec("torch") and case.activation in (None, "relu"):
-            found += Torch(case, inputs).contenders(pass_)
+            found += (TorchLines if case.has_lines else Torch)(case, inputs).contenders(pass_)
         if self.with_reference or (self.with_reference is None and case.size <= REFERENCE_ELEMENTS):
             found.append(_reference(case, inputs, pass_))
         return found
@@ -102,6 +102,8 @@ def compared(samples: Mapping[str, Sequence[float]], ratios: Sequence[tuple[str,
 
 
 def ours(case: Case, inputs: Inputs, pass_: str, device: str = "cpu") -> list[Contender]:
+    if case.has_lines:
+        return _lines(case, inputs, pass_)
     return _backward(case, inputs) if pass_ == "backward" else _forward(case, inputs, device)
 
 
@@ -144,8 +146,33 @@ def _backward(case: Case, inputs: Inputs) -> list[Contender]:
     return [Contender("ours_out", lambda: call(dx), _first), Contender("ours", lambda: call(None), _first)]
 
 
+def _lines(case: Case, inputs: Inputs, pass_: str, module: Any = fusednorm) -> list[Contender]:
+    """Layer and RMS norm of this library, or of the reference, which has no out=."""
+    x, dy, weight, bias, shape = inputs.x, inputs.dy, inputs.weight, inputs.bias, case.normalized_shape
+    centered = case.norm == "layer"
+    parameters = (weight, bias) if centered else (weight,)
+
+    def forward(**out: Array) -> Any:
+        norm = module.layer_norm_forward if centered else module.rms_norm_forward
+        return norm(x, shape, *parameters, case.eps, **out)
+
+    saved = forward()[1:]
+
+    def backward(**out: Array) -> Any:
+        norm = module.layer_norm_backward if centered else module.rms_norm_backward
+        return norm(dy, x, *saved, *parameters, **out)
+
+    call = backward if pass_ == "backward" else forward
+    if module is reference:
+        return [Contender("reference", call)]
+    ready = np.empty_like(x)
+    return [Contender("ours_out", lambda: call(out=ready), _first), Contender("ours", call, _first)]
+
+
 def _reference(case: Case, inputs: Inputs, pass_: str) -> Contender:
     """Not compared again: it is what the results were checked against, and slow."""
+    if case.has_lines:
+        return _lines(case, inputs, pass_, reference)[0]
     running_mean = None if inputs.running_mean is None else inputs.running_mean.copy()
     running_var = None if inputs.running_var is None else inputs.running_var.copy()
 
@@ -284,3 +311,46 @@ class Torch:
             return dx
 
         return call
+
+
+class TorchLines(Torch):
+    """PyTorch's layer and RMS norm. The latter takes no out=, and its backward is autograd's."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        super().__init__(case, inputs)
+        if case.norm == "rms" and self.weight is not None:
+            self.weight = self.weight.to(self.x.dtype)  # else y would be float32 beside a bfloat16 x
+
+    def tensor(self, array: Array) -> Any:
+        return self.whole(array)
+
+    def array(self, tensor: Any) -> Array:
+        return np.asarray(tensor.detach().float().numpy())
+
+    def contenders(self, pass_: str) -> list[Contender]:
+        torch, aten, shape, eps = self.torch, self.torch.ops.aten, self.case.normalized_shape, self.case.eps
+        if self.case.norm == "rms":
+            x = self.x.detach().requires_grad_(pass_ == "backward")
+            leaves = (x, self.weight.requires_grad_(pass_ == "backward"))
+            y = torch.nn.functional.rms_norm(*leaves[:1], shape, leaves[1], eps)
+            if pass_ == "backward":
+                return [Contender("torch", lambda: torch.autograd.grad(y, leaves, self.dy, True)[0], self.array)]
+            return [Contender("torch", lambda: torch.nn.functional.rms_norm(x, shape, leaves[1], eps), self.array)]
+        y, mean, rstd = torch.native_layer_norm(self.x, shape, self.weight, self.bias, eps)
+        given = (self.x, shape, mean, rstd, self.weight, self.bias, [True, True, True])
+        dweight, dbias = (torch.empty_like(parameter) for parameter in (self.weight, self.bias))
+
+        def forward_out() -> Any:
+            return aten.native_layer_norm.out(
+                self.x, shape, self.weight, self.bias, eps, out0=y, out1=mean, out2=rstd
+            )[0]  # fmt: skip
+
+        def backward_out() -> Any:
+            return aten.native_layer_norm_backward.out(self.dy, *given, out0=y, out1=dweight, out2=dbias)[0]
+
+        if pass_ == "backward":
+            default = lambda: aten.native_layer_norm_backward(self.dy, *given)[0]  # noqa: E731
+        else:
+            default = lambda: torch.nn.functional.layer_norm(self.x, shape, self.weight, self.bias, eps)  # noqa: E731
+        out = backward_out if pass_ == "backward" else forward_out
+        return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]

@@ -21,6 +21,8 @@ def label(row: Row) -> str:
     parts = ["×".join(map(str, row["shape"])), _SHORT[row["dtype"]]]
     if row["layout"] == "last":
         parts.insert(1, "last")
+    if row["norm"] != "batch":
+        parts.insert(0, row["norm"])
     if row["residual"]:
         parts.append("+ residual")
     if row["activation"]:

@@ -45,8 +45,10 @@ class Case:
 
     Attributes:
         name: unique in its list, made of letters, digits, ``-``, ``_`` and ``.``.
-        norm: which norm; ``"batch"``.
-        shape, axis: of x; ``axis`` holds the channels.
+        norm: ``batch``, ``layer`` or ``rms``. What follows says "statistic" for what it is taken over: a channel or,
+            of layer and RMS norm, a line, all of the last ``normalized`` axes.
+        shape, axis: of x; ``axis`` holds the channels of batch norm.
+        normalized: how many axes layer and RMS norm normalize over.
         dtype: of x, y, dy, dx, residual: ``float32``, ``float64``, ``float16`` or ``bfloat16``.
         param_dtype: of weight, bias and the running statistics.
         affine: with weight and bias.
@@ -54,10 +56,10 @@ class Case:
         running: with running statistics; evaluation needs them.
         residual, activation, ghost_batch_size, eps, momentum: the arguments of that name.
         mask: with a mask that counts about 70% of the positions.
-        offset: |mean| / sigma of the channels. Signs alternate from channel to channel.
-        outlier: the first element of every channel lies 100 sigma from the mean.
-        scale: sigma is 0.5, 1 or 2 times this, from channel to channel. 0: every channel is the constant
-            ``offset`` times that.
+        offset: |mean| / sigma of the statistics. Signs alternate from one to the next.
+        outlier: the first element of every statistic lies 100 sigma from the mean.
+        scale: sigma is 0.5, 1 or 2 times this, from statistic to statistic. 0: each is over the constant ``offset``
+            times that.
         tags: any of ``quick``, ``slow``, ``sanitize``, ``bench``, ``compile``.
     """
 
@@ -65,6 +67,7 @@ class Case:
     shape: tuple[int, ...]
     norm: str = "batch"
     axis: int = 1
+    normalized: int = 1
     dtype: str = "float32"
     param_dtype: str = "float32"
     affine: bool = True
@@ -92,6 +95,30 @@ class Case:
         return math.prod(self.shape)
 
     @property
+    def has_lines(self) -> bool:
+        """Layer and RMS norm: a statistic for each line, a weight and a bias for each number in it."""
+        return self.norm in ("layer", "rms")
+
+    @property
+    def on_cpu_only(self) -> bool:
+        """No CUDA kernel takes lines."""
+        return self.has_lines
+
+    @property
+    def normalized_shape(self) -> tuple[int, ...]:
+        return self.shape[len(self.shape) - self.normalized :]
+
+    @property
+    def statistics(self) -> int:
+        """How many there are, without ghost batches."""
+        return math.prod(self.shape[: len(self.shape) - self.normalized]) if self.has_lines else self.channels
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Of weight and bias."""
+        return self.normalized_shape if self.has_lines else (self.channels,)
+
+    @property
     def channels(self) -> int:
         """Length of the channel axis."""
         return self.shape[self.axis]
@@ -113,9 +140,9 @@ class Case:
 class Inputs:
     """The arrays of a case, C-contiguous; what they store is the truth that results are measured against.
 
-    ``x``, ``dy`` and ``residual`` have the case's shape and dtype, ``weight``, ``bias``, ``running_mean`` and
-    ``running_var`` are ``(C,)`` in its param_dtype, ``mask`` is boolean in its shape without the channel axis. What the
-    case does not use is None. The running statistics are the values before the call.
+    ``x``, ``dy`` and ``residual`` have the case's shape and dtype, ``weight`` and ``bias`` its parameter_shape and
+    param_dtype, ``running_mean`` and ``running_var`` are ``(C,)`` in the latter, ``mask`` is boolean in its shape
+    without the channel axis. What the case does not use is None. The running statistics are the values before the call.
     """
 
     x: Array
@@ -136,11 +163,11 @@ class Outputs:
     """
 
     y: Array
-    mean: Array
+    mean: Array | None
     rstd: Array
     dx: Array
     dweight: Array
-    dbias: Array
+    dbias: Array | None
     dresidual: Array | None
     running_mean: Array | None
     running_var: Array | None
@@ -166,13 +193,25 @@ class Deviation:
 
 
 class Functions(Protocol):
-    """A module or object with the two functions of batch norm, :mod:`fusednorm.reference` for one."""
+    """A module or object with the functions of the norms, :mod:`fusednorm.reference` for one."""
 
     @property
     def batch_norm_forward(self) -> Callable[..., Any]: ...
 
     @property
     def batch_norm_backward(self) -> Callable[..., Any]: ...
+
+    @property
+    def layer_norm_forward(self) -> Callable[..., Any]: ...
+
+    @property
+    def layer_norm_backward(self) -> Callable[..., Any]: ...
+
+    @property
+    def rms_norm_forward(self) -> Callable[..., Any]: ...
+
+    @property
+    def rms_norm_backward(self) -> Callable[..., Any]: ...
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -195,9 +234,10 @@ def make(case: Case, seed: int = 0) -> Inputs:
         ModuleNotFoundError: a module of ``case.requires`` is missing.
     """
     rng = np.random.default_rng(seed)
-    channels = np.arange(case.channels)
-    sigma = np.array([0.5, 1.0, 2.0])[channels % 3]
-    center = case.offset * sigma * np.where(channels % 2 == 0, 1, -1)
+    lines = case.shape[: len(case.shape) - case.normalized]
+    statistics = np.arange(case.statistics)
+    sigma = np.array([0.5, 1.0, 2.0])[statistics % 3]
+    center = case.offset * sigma * np.where(statistics % 2 == 0, 1, -1)
     sigma = sigma * case.scale
     if case.scale != 0:
         center = center * case.scale
@@ -209,16 +249,23 @@ def make(case: Case, seed: int = 0) -> Inputs:
     def normal() -> Array:
         return rng.standard_normal(case.shape, dtype=drawn)
 
+    def spread(statistic: Float64) -> Array:
+        shaped = statistic.reshape(*lines, *(1,) * case.normalized) if case.has_lines else _along(statistic, case)
+        return shaped.astype(drawn)
+
     x = normal()
-    if case.outlier:
+    if case.outlier and case.has_lines:
+        x.reshape(case.statistics, -1)[:, 0] = 100
+    elif case.outlier:
         np.moveaxis(x, case.axis, -1)[(0,) * (x.ndim - 1)] = 100
-    x *= _along(sigma, case).astype(drawn)
-    x += _along(center, case).astype(drawn)
+    x *= spread(sigma)
+    x += spread(center)
 
     weight = bias = running_mean = running_var = residual = mask = None
     if case.affine:
-        weight = (1 + 0.5 * rng.standard_normal(case.channels)).astype(param_dtype)
-        bias = rng.standard_normal(case.channels).astype(param_dtype)
+        weight = (1 + 0.5 * rng.standard_normal(case.parameter_shape)).astype(param_dtype)
+    if case.affine and case.norm != "rms":
+        bias = rng.standard_normal(case.parameter_shape).astype(param_dtype)
     if case.running:
         running_mean = (center + 0.1 * sigma * rng.standard_normal(case.channels)).astype(param_dtype)
         running_var = (sigma**2 * rng.uniform(0.5, 1.5, case.channels)).astype(param_dtype)
@@ -247,7 +294,7 @@ def run(
     to_device: Callable[[Array], Any] = np.copy,
     to_host: Callable[[Any], Array] = np.asarray,
 ) -> Outputs:
-    """Call ``batch_norm_forward`` and ``batch_norm_backward`` of ``functions`` on the case.
+    """Call the norm's ``_forward`` and ``_backward`` of ``functions`` on the case.
 
     Args:
         to_device: makes the array a call takes from one of ``inputs``; it must copy, because running statistics change
@@ -258,6 +305,8 @@ def run(
         field.name: None if (array := getattr(inputs, field.name)) is None else to_device(array)
         for field in fields(inputs)
     }
+    if case.has_lines:
+        return _run_lines(case, arrays, functions, to_host)
     options: dict[str, Any] = {
         "training": case.training,
         "axis": case.axis,
@@ -293,6 +342,28 @@ def run(
     )
 
 
+def _run_lines(case: Case, arrays: dict[str, Any], functions: Functions, to_host: Callable[[Any], Array]) -> Outputs:
+    x, dy, weight, bias, shape = arrays["x"], arrays["dy"], arrays["weight"], arrays["bias"], case.normalized_shape
+    mean = dbias = None
+    if case.norm == "layer":
+        y, mean, rstd = functions.layer_norm_forward(x, shape, weight, bias, case.eps)
+        dx, dweight, dbias = functions.layer_norm_backward(dy, x, mean, rstd, weight, bias)
+    else:
+        y, rstd = functions.rms_norm_forward(x, shape, weight, case.eps)
+        dx, dweight = functions.rms_norm_backward(dy, x, rstd, weight)
+    return Outputs(
+        y=to_host(y),
+        mean=None if mean is None else to_host(mean),
+        rstd=to_host(rstd),
+        dx=to_host(dx),
+        dweight=to_host(dweight),
+        dbias=None if dbias is None else to_host(dbias),
+        dresidual=None,
+        running_mean=None,
+        running_var=None,
+    )
+
+
 def expected(case: Case, inputs: Inputs) -> Outputs:
     """The reference's results, all float64: nothing rounded to the dtypes of the case."""
     return run(case, inputs, reference, to_device=_float64)
@@ -300,7 +371,7 @@ def expected(case: Case, inputs: Inputs) -> Outputs:
 
 def compare(case: Case, inputs: Inputs, expected: Outputs, got: Outputs) -> list[Deviation]:
     """Measure ``got`` against ``expected``, one deviation for each result the case has."""
-    allowed = bounds(case, inputs, expected)
+    allowed = (_line_bounds if case.has_lines else bounds)(case, inputs, expected)
     dtypes = {
         "y": case.dtype,
         "mean": "float64",
@@ -361,6 +432,8 @@ def bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
     Half types add their rounding of the output; float64's dweight and dbias that of float32 parameters. Maxima and sums
     run over one channel, so that no channel hides behind a larger one.
     """
+    assert expected.mean is not None
+    assert expected.dbias is not None
     x, dy = _float64(inputs.x), _float64(inputs.dy)
     weight = _along(np.ones(case.channels) if inputs.weight is None else _float64(inputs.weight), case)
     bias = _along(np.zeros(case.channels) if inputs.bias is None else _float64(inputs.bias), case)
@@ -417,24 +490,78 @@ def bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
         dx = np.where(kink, np.inf, dx)
         dresidual = np.where(kink, np.inf, dresidual)
 
-    def stored(bound: Float64, value: Float64, dtype: str) -> Float64:
-        if UNIT_ROUNDOFF[dtype] <= UNIT_ROUNDOFF[case.accumulation_dtype]:
-            return bound
-        return bound + UNIT_ROUNDOFF[dtype] * (np.abs(value) + bound) + UNDERFLOW[dtype]
-
     allowed = {
-        "y": stored(y, expected.y, case.dtype),
+        "y": _stored(case, y, expected.y, case.dtype),
         "mean": mean_bound.reshape(expected.mean.shape),
         "var": var_bound.reshape(expected.rstd.shape),
-        "dx": stored(dx, expected.dx, case.dtype),
-        "dweight": stored(dweight, expected.dweight, case.gradient_dtype),
-        "dbias": stored(dbias, expected.dbias, case.gradient_dtype),
+        "dx": _stored(case, dx, expected.dx, case.dtype),
+        "dweight": _stored(case, dweight, expected.dweight, case.gradient_dtype),
+        "dbias": _stored(case, dbias, expected.dbias, case.gradient_dtype),
     }
     if expected.dresidual is not None:
         exact = name in (None, "relu")
-        allowed["dresidual"] = dresidual if exact else stored(dresidual, expected.dresidual, case.dtype)
+        allowed["dresidual"] = dresidual if exact else _stored(case, dresidual, expected.dresidual, case.dtype)
     if expected.running_mean is not None and expected.running_var is not None:
         allowed |= _running_bounds(case, inputs, expected, mean_bound, var_bound)
+    return {key: np.broadcast_to(bound, _result(case, expected, key).shape) for key, bound in allowed.items()}
+
+
+def _stored(case: Case, bound: Float64, value: Float64, dtype: str) -> Float64:
+    """The bound with the rounding to a dtype below that of the arithmetic."""
+    if UNIT_ROUNDOFF[dtype] <= UNIT_ROUNDOFF[case.accumulation_dtype]:
+        return bound
+    return bound + UNIT_ROUNDOFF[dtype] * (np.abs(value) + bound) + UNDERFLOW[dtype]
+
+
+def _line_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
+    """:func:`bounds` for layer and RMS norm, by the same count of roundings, with a line in place of a channel.
+
+    Only dweight and dbias run across the lines. Each line brings its own error of the mean into them, which xhat
+    inherits as ``mean_bound * rstd`` also where xhat itself is small.
+    """
+    axes = tuple(range(len(case.shape) - case.normalized, len(case.shape)))
+    lines = tuple(range(len(case.shape) - case.normalized))
+    x, dy = _float64(inputs.x), _float64(inputs.dy)
+    weight = np.ones(case.normalized_shape) if inputs.weight is None else _float64(inputs.weight)
+    bias = np.zeros(case.normalized_shape) if inputs.bias is None else _float64(inputs.bias)
+    rstd = np.expand_dims(expected.rstd, axes)
+    mean = np.zeros_like(rstd) if expected.mean is None else np.expand_dims(expected.mean, axes)
+    mean_bound, var_bound = _statistics_bounds(case, mean, rstd)
+    if case.norm == "rms":
+        mean_bound = np.zeros_like(rstd)
+
+    def most(values: Float64) -> Float64:
+        """The maximum over each line."""
+        maxima: Float64 = np.max(np.broadcast_to(values, case.shape), axis=axes, keepdims=True, initial=0.0)
+        return maxima
+
+    xhat = (x - mean) * rstd
+    magnitude = most(np.abs(weight * xhat) + np.abs(bias))
+    max_dy, sum_dy = most(np.abs(dy)), np.sum(np.abs(dy), axis=lines)
+    sum_dy_xhat = np.sum(np.abs(dy * xhat), axis=lines)
+    if case.accumulation_dtype == "float32":
+        xhat_error = mean_bound * rstd
+        y, dx = 2e-6 * magnitude, 2e-6 * most(np.abs(weight)) * rstd * max_dy
+        dweight, dbias = 1e-6 * sum_dy_xhat, 1e-6 * sum_dy
+    else:
+        u = UNIT_ROUNDOFF["float64"]
+        chain = _longest_chain(case) * u
+        rstd_error = 0.5 * var_bound * rstd**2
+        xhat_error = mean_bound * rstd + np.abs(xhat) * rstd_error
+        y = most(np.abs(weight) * xhat_error) + 8 * u * magnitude
+        sums = (1 + np.abs(xhat)) * (chain + most(xhat_error)) + xhat_error
+        dx = most(np.abs(weight)) * rstd * max_dy * (8 * u + rstd_error + sums)
+        dweight, dbias = chain * sum_dy_xhat, chain * sum_dy
+    dweight = dweight + np.sum(np.abs(dy) * xhat_error, axis=lines)
+    allowed = {
+        "y": _stored(case, y, expected.y, case.dtype),
+        "var": var_bound.reshape(expected.rstd.shape),
+        "dx": _stored(case, dx, expected.dx, case.dtype),
+        "dweight": _stored(case, dweight, expected.dweight, case.gradient_dtype),
+    }
+    if expected.mean is not None and expected.dbias is not None:
+        allowed["mean"] = mean_bound.reshape(expected.mean.shape)
+        allowed["dbias"] = _stored(case, dbias, expected.dbias, case.gradient_dtype)
     return {key: np.broadcast_to(bound, _result(case, expected, key).shape) for key, bound in allowed.items()}
 
 
@@ -450,7 +577,7 @@ def _statistics_bounds(case: Case, mean: Float64, rstd: Float64) -> tuple[Float6
     if case.accumulation_dtype == "float32":
         return 1e-6 * (sigma + 1e-6 * np.abs(mean)) + 4 * u * np.abs(mean), 1e-6 * variance + readout
     # Each merge of two chunks rounds a mean, and takes the difference of two that are wrong by u*|mean| into m2.
-    merges = case.size / max(case.channels, 1) / 1024
+    merges = case.size / max(case.statistics, 1) / 1024
     chain = _longest_chain(case)
     mean_bound = chain * u * sigma + (6 + merges) * u * np.abs(mean)
     var_bound = 2 * chain * u * variance + 4 * u * np.abs(mean) * sigma + (u * mean) ** 2
@@ -465,6 +592,7 @@ def _running_bounds(
     Ghost batches take a step each, of whose errors (1 - momentum) is left after the next one. Steps that round only
     once, at the end, are within that as well.
     """
+    assert expected.mean is not None
     counts = _counts(case, inputs)
     counts = counts[counts > 1] if case.training else counts[:0]
     steps = min(len(counts), 1 / case.momentum)
@@ -569,7 +697,7 @@ def _per_element(statistic: Float64, case: Case) -> Float64:
 def _longest_chain(case: Case) -> float:
     """Additions that one float64 sum passes through: a chunk of 4096 in the worst order, merges of 1024 or more, and
     the reference's pairwise sum (chains of 16, then log2 n)."""
-    elements = case.size / max(case.channels, 1)
+    elements = max(case.size / max(n, 1) for n in (case.statistics, math.prod(case.parameter_shape)))
     return min(elements, 4096) + elements / 1024 + 32
 
 
@@ -810,12 +938,60 @@ def _numerics_cases() -> list[Case]:
     ]
 
 
+def _line_cases() -> list[Case]:
+    """Layer and RMS norm: around the widths of vectors and chunks, few and many lines, all dtypes, far means."""
+
+    def line(shape: tuple[int, ...], norm: str, **options: Any) -> Case:
+        return _case(shape, norm=norm, running=False, **options)
+
+    norms = ("layer", "rms")
+    widths = (1, 2, 7, 16, 33, 64, 65, 127, 1000, 1025, 4097)
+    deep = [((3, 4, 65), 1), ((3, 4, 65), 2), ((6, 17, 3, 5), 3), ((5, 3), 2)]
+    empty = [((0, 4), 1), ((4, 0), 1), ((2, 0, 3), 2)]
+    return [
+        *[line((lines, width), norm) for lines, width, norm in itertools.product((1, 5, 37), widths, norms)],
+        *[line((1300, 24), norm) for norm in norms],
+        *[line((3, 70001), norm, affine=affine) for norm, affine in itertools.product(norms, (True, False))],
+        *[
+            line(shape, norm, normalized=normalized, dtype=dtype, tags=("quick",) if len(shape) == 3 else ())
+            for (shape, normalized), norm, dtype in itertools.product(deep, norms, DTYPES)
+        ],
+        *[
+            line((21, 100), norm, dtype=dtype, param_dtype=param_dtype, affine=affine)
+            for norm, dtype, param_dtype, affine in itertools.product(norms, DTYPES, DTYPES, (True, False))
+            if affine or param_dtype == "float32"
+        ],
+        *[line(shape, norm, normalized=normalized) for (shape, normalized), norm in itertools.product(empty, norms)],
+        *[
+            line((9, width), norm, offset=offset, outlier=outlier, eps=1e-12)
+            for width, norm, offset, outlier in itertools.product(
+                (65, 3001), norms, (0.0, 3e3, 3e4, 1e6), (False, True)
+            )
+        ],
+        *[
+            line((9, 3001), norm, dtype="float64", offset=offset, outlier=True, eps=1e-12)
+            for norm, offset in itertools.product(norms, (1e6, 1e9))
+        ],
+        *[
+            line((5, 1025), norm, dtype=dtype, offset=offset, scale=0.0)
+            for norm, dtype, offset in itertools.product(norms, DTYPES, (0.0, 3e3))
+        ],
+        *[
+            line((5, 1025), norm, dtype=dtype, scale=scale)
+            for norm, (dtype, scale) in itertools.product(
+                norms, (("float32", 1e18), ("float32", 1e25), ("bfloat16", 1e25))
+            )
+        ],
+    ]
+
+
 # Channels and side of ResNet-50's batch norms.
 RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
 
 
 def _bench_cases() -> list[Case]:
-    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward."""
+    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. Layer
+    and RMS norm."""
     resnet = [layout for channels, side in RESNET for layout in _layouts(32, channels, side, side)]
     flat: list[tuple[tuple[int, ...], int]] = [((4096, 1024), 1), ((256, 512), 1), ((64, 32), 1)]
     odd = [*_layouts(32, 3, 224, 224), *_layouts(32, 65, 56, 56)]
@@ -837,7 +1013,17 @@ def _bench_cases() -> list[Case]:
             (False, True),
         )
     ]
-    return plain + fused
+    lines = [(32768, 1024), (8192, 4096), (65536, 256), (1024, 32768), (4096, 768), (256, 1024), (64, 512)]
+    return [
+        *plain,
+        *fused,
+        *[
+            _case(
+                shape, norm=norm, dtype=dtype, running=False, tags=("bench", *(("quick",) if shape[0] < 8192 else ()))
+            )
+            for shape, norm, dtype in itertools.product(lines, ("layer", "rms"), ("float32", "bfloat16"))
+        ],
+    ]
 
 
 def _bench_cuda_cases() -> list[Case]:
@@ -878,6 +1064,7 @@ CASES: tuple[Case, ...] = (
     *_ghost_cases(),
     *_mask_cases(),
     *_numerics_cases(),
+    *_line_cases(),
 )
 BENCH: tuple[Case, ...] = tuple(_bench_cases())
 BENCH_CUDA: tuple[Case, ...] = tuple(_bench_cuda_cases())
