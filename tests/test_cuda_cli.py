@@ -235,7 +235,8 @@ def test_lost_rows_of_a_gpu_are_marked() -> None:
     def row(native: float) -> dict[str, Any]:
         return {
             "norm": "batch", "shape": [8, 4], "layout": "flat", "dtype": "float32", "pass": "backward",
-            "residual": False, "activation": None, "checked": [4, 4], "wrong": [], "floor": 3, "sets": 64, "eager": [], "absent": {},
+            "residual": False, "activation": None, "checked": [4, 4], "wrong": [], "floor": 3, "sets": 64,
+            "eager": [], "absent": {},
             "ms": {"copy": times(0.002), "ours_out": times(0.004), "ours": times(0.004), "native": times(0.004)},
             "ratios": {"copy/ours_out": times(0.5), "native/ours_out": times(native)},
             "host_us": {"ours": times(20), "native": times(15)},
