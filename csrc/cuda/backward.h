@@ -56,120 +56,152 @@ FN_DEVICE void sweep(const BackwardPass& pass, Member<T, kColumns>& me, bool to_
   constexpr int batch = kBackwardBatch<T, kGeneral>, some = kSome<T>, parts = kWidth<T> / some;
   const Slab<T, kColumns> slab(me.job.layout, me.job.plan, me.slab, me.rank());
   const int64_t run = kGeneral ? slab.first_run(me.job.layout, me.job.plan, me.slab, me.rank()) : 0;
-  const T *x = pass.x.template as<const T>(), *dy = pass.dy.template as<const T>(),
+  const T *x = pass.x.template as<const T>() + slab.first, *dy = pass.dy.template as<const T>() + slab.first,
           *residual = pass.epilogue.residual.template as<const T>();
   T *dx = pass.dx.template as<T>(), *dresidual = pass.dresidual.template as<T>();
   const Activation activation = pass.epilogue.activation;
   const bool first = kDoing == Doing::either ? to_sums : kDoing == Doing::sums;
   const bool sums = first && (kDoing == Doing::sums || pass.sums);
   const bool writes = kDoing == Doing::either ? dx && pass.known() == first : kDoing == Doing::writes;
+  if (writes) dx += slab.first;
+  if (!kGeneral) x = anew(x), dy = anew(dy), dx = anew(dx);
   const bool vector = me.job.layout.vector;
-  const bool active = activation != Activation::identity, needs_x = sums || active || !pass.constant;
+  const bool active = activation != Activation::identity, constant = kGeneral && pass.constant,
+             needs_x = sums || active || !constant;
   // u is kept in place of dy, unless it would be rounded.
   const bool exact = sizeof(T) == sizeof(R) || activation <= Activation::relu;
   const int kept = pass.known() ? 0 : me.job.plan.kept, row = me.job.layout.columns;
   const int batches = (slab.steps + batch - 1) / batch, column = me.column();
 
-  for (int from = 0; from < batches; from += kChunk / batch) {
-    const int to = from + kChunk / batch < batches ? from + kChunk / batch : batches;
-    Tally<R, Member<T, kColumns>::kOwn> t;
-    for (int b = from; b < to; ++b) {
-      const int i = (first ? b : batches - 1 - b) * batch;
-      uint4 v[batch], g[batch], added[kGeneral ? batch : 1];
-      uint32_t there[batch], counted[kGeneral ? batch : 1];
+  Tally<R, Member<T, kColumns>::kOwn> t;
+  // kAll: `batch` packs that are all there, and kept all or none.
+  const auto take_batch = [&](int i, auto all) {
+    constexpr bool kAll = decltype(all)::value;
+    constexpr int together = kAll ? batch : 1;  // packs that go the same ways
+    uint4 v[batch], g[batch], added[kGeneral ? batch : 1], *const base = me.kept(i, 0, 2);
+    uint32_t there[batch], counted[kGeneral ? batch : 1];
+    const auto place = [&](int k, int tensor) {
+      return kAll ? base + (2 * k + tensor) * int(blockDim.x) : me.kept(i + k, tensor, 2);
+    };
+    const auto is_kept = [&](int k) { return i + (kAll ? 0 : k) < kept; };
+    const auto is_dy = [&](int k) { return first || !exact || !is_kept(k); };  // not u yet
 #pragma unroll
-      for (int k = 0; k < batch; ++k) {
-        const auto at = slab.at(i + k);
-        there[k] = at.there;
-        if (!first && i + k < kept) {
-          v[k] = *me.kept(i + k, 0, 2);
-          g[k] = *me.kept(i + k, 1, 2);
-        } else {
-          v[k] = load(x + at.element, needs_x ? at.there : 0, vector, !first);
-          g[k] = load(dy + at.element, at.there, vector, !first);
-        }
-        if constexpr (kGeneral) {
-          if (residual && active && (first || !exact || i + k >= kept))
-            added[k] = load(residual + at.element, at.there, vector, !first);
-          counted[k] = pass.mask ? slab.counted(pass.mask, run, i + k, at) : kWhole<T>;
-        }
-        if (kColumns)
-          t.n += kGeneral ? (counted[k] & at.there) != 0 : at.there != 0;
-        else
-          t.n += uint32_t(__popc(kGeneral ? counted[k] & at.there : at.there));
+    for (int k = 0; k < batch; ++k) {
+      const auto at = slab.template at<kAll>(i + k);
+      there[k] = at.there;
+      if (!first && is_kept(k)) {
+        v[k] = *place(k, 0);
+        g[k] = *place(k, 1);
+      } else {
+        v[k] = load(at.in(x), needs_x ? at.there : 0, kAll || vector, !first);
+        g[k] = load(at.in(dy), at.there, kAll || vector, !first);
       }
-      if (first) {
-#pragma unroll
-        for (int k = 0; k < batch; ++k)
-          if (i + k < kept) {
-            *me.kept(i + k, 0, 2) = v[k];
-            if (!exact || !active) *me.kept(i + k, 1, 2) = g[k];
-          }
+      if constexpr (kGeneral) {
+        if (residual && active && is_dy(k))
+          added[k] = load(at.in(residual + slab.first), at.there, kAll || vector, !first);
+        counted[k] = pass.mask ? slab.counted(pass.mask, run, i + k, at) : kWhole<T>;
       }
+      if (kColumns)
+        t.n += kGeneral ? (counted[k] & at.there) != 0 : at.there != 0;
+      else
+        t.n += uint32_t(__popc(kGeneral ? counted[k] & at.there : at.there));
+    }
+    if (first) {
 #pragma unroll
-      for (int part = 0; part < parts; ++part) {
-        const auto coefficient = [&](GradRow which, R(&to_)[some]) {
-          take_coefficients<kColumns>(me.coefficients + which * row, column + part * some, to_);
-        };
-        R hi[some], rstd[some], s[some] = {}, q[some] = {};
-        coefficient(kHi, hi);
-        coefficient(kRstd, rstd);
+      for (int k = 0; k < batch; ++k)
+        if (is_kept(k)) {
+          *place(k, 0) = v[k];
+          if (!exact || !active) *place(k, 1) = g[k];
+        }
+    }
 #pragma unroll
-        for (int k = 0; k < batch; ++k) {
-          R z[some], u[some];
-          take(v[k], part, z, T{});
-          take(g[k], part, u, T{});
+    for (int part = 0; part < parts; ++part) {
+      const auto coefficient = [&](GradRow which, R(&to_)[some]) {
+        // In general registers are short: each pack reads its coefficients anew.
+        const int from = kGeneral && kColumns ? int(anew(uint32_t(column))) : column;
+        take_coefficients<kColumns>(me.coefficients + which * row, from + part * some, to_);
+      };
+      R hi[some], rstd[some], s[some] = {}, q[some] = {};
+      coefficient(kHi, hi);
+      coefficient(kRstd, rstd);
 #pragma unroll
-          for (int j = 0; j < some; ++j) z[j] = z[j] - hi[j];
-          if (active && (first || !exact || i + k >= kept)) {
-            R scale[some], shift[some], more[some];
-            coefficient(kPreScale, scale);
-            coefficient(kPreShift, shift);
-            if (kGeneral && residual) take(added[k], part, more, T{});
+      for (int c = 0; c < batch; c += together) {
+        R z[together][some], u[together][some];
+#pragma unroll
+        for (int k = 0; k < together; ++k) {
+          take(v[c + k], part, z[k], T{});
+          take(g[c + k], part, u[k], T{});
+#pragma unroll
+          for (int j = 0; j < some; ++j) z[k][j] = z[k][j] - hi[j];
+        }
+        if (active && is_dy(c)) {
+          R scale[some], shift[some], more[some];
+          coefficient(kPreScale, scale);
+          coefficient(kPreShift, shift);
+#pragma unroll
+          for (int k = 0; k < together; ++k) {
+            if (kGeneral && residual) take(added[c + k], part, more, T{});
 #pragma unroll
             for (int j = 0; j < some; ++j) {
-              R pre = fused(z[j], scale[j], shift[j]);
+              R pre = fused(z[k][j], scale[j], shift[j]);
               if (kGeneral && residual) pre += more[j];
               if (kGeneral)
-                u[j] = activation_gradient<Math>(activation, R(pass.epilogue.slope), u[j], pre);
+                u[k][j] = activation_gradient<Math>(activation, R(pass.epilogue.slope), u[k][j], pre);
               else
-                u[j] = relu_gradient<Math>(u[j], pre);
+                u[k][j] = relu_gradient<Math>(u[k][j], pre);
             }
-            put(g[k], part, u, T{});
+            put(g[c + k], part, u[k], T{});
           }
+        }
+#pragma unroll
+        for (int k = 0; k < together; ++k)
 #pragma unroll
           for (int j = 0; j < some; ++j) {
-            z[j] = z[j] * rstd[j];
-            if (there[k] != kWhole<T> && !(there[k] >> (part * some + j) & 1)) z[j] = 0;  // 0 times infinity
-            s[j] += u[j];
-            q[j] = fused(u[j], z[j], q[j]);
+            z[k][j] = z[k][j] * rstd[j];
+            if (there[c + k] != kWhole<T> && !(there[c + k] >> (part * some + j) & 1)) z[k][j] = 0;  // 0 times infinity
+            s[j] += u[k][j];
+            q[j] = fused(u[k][j], z[k][j], q[j]);
           }
-          if (writes) {
-            R scale[some], slope[some], shift[some];
-            coefficient(kScale, scale);
-            coefficient(kSlope, slope);
-            coefficient(kShift, shift);
+        if (writes) {
+          R scale[some], slope[some], shift[some];
+          coefficient(kScale, scale);
+          coefficient(kSlope, slope);
+          coefficient(kShift, shift);
+#pragma unroll
+          for (int k = 0; k < together; ++k) {
 #pragma unroll
             for (int j = 0; j < some; ++j) {
-              const R own = fused(slope[j], z[j], shift[j]);
+              const R own = fused(slope[j], z[k][j], shift[j]);
               const bool corrected =
-                  !pass.constant && (!kGeneral || (counted[kGeneral ? k : 0] >> (part * some + j) & 1));
-              z[j] = corrected ? fused(scale[j], u[j], own) : scale[j] * u[j];
+                  !constant && (!kGeneral || (counted[kGeneral ? c + k : 0] >> (part * some + j) & 1));
+              z[k][j] = corrected ? fused(scale[j], u[k][j], own) : scale[j] * u[k][j];
             }
-            put(v[k], part, z, T{});
+            put(v[c + k], part, z[k], T{});
           }
         }
-        t.add(part * some, s, q);
       }
+      t.add(part * some, s, q);
+    }
 #pragma unroll
-      for (int k = 0; k < batch; ++k) {
-        if (first && exact && active && i + k < kept) *me.kept(i + k, 1, 2) = g[k];
-        if (writes) {
-          const auto at = slab.at(i + k);
-          store(dx + at.element, v[k], at.there, vector, true);
-          if (kGeneral && dresidual) store(dresidual + at.element, g[k], at.there, vector, true);
-        }
+    for (int k = 0; k < batch; ++k) {
+      if (first && exact && active && is_kept(k)) *place(k, 1) = g[k];
+      if (writes) {
+        const auto at = slab.template at<kAll>(i + k);
+        store(at.in(dx), v[k], at.there, kAll || vector, true);
+        if (kGeneral && dresidual) store(at.in(dresidual + slab.first), g[k], at.there, kAll || vector, true);
       }
+    }
+  };
+  for (int from = 0; from < batches; from += kChunk / batch) {
+    const int to = from + kChunk / batch < batches ? from + kChunk / batch : batches;
+    t = {};
+    for (int b = from; b < to; ++b) {
+      const int i = (first ? b : batches - 1 - b) * batch;
+      // Of columns in general it would save little, and registers are short.
+      if (!(kGeneral && kColumns) && i + batch <= slab.whole && (i + batch <= kept || i >= kept) && needs_x)
+        take_batch(i, std::integral_constant<bool, !(kGeneral && kColumns)>{});
+      else
+        take_batch(i, std::false_type{});
     }
     if (sums) {
       const auto all = me.block_sums(t, R(1), false);

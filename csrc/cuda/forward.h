@@ -20,30 +20,30 @@ FN_DEVICE auto tally_moments(const ForwardPass& pass, const Member<T, kColumns>&
                              int64_t run, int from, int to, Real<T> scale) {
   using R = Real<T>;
   constexpr int batch = kForwardBatch, some = kSome<T>, parts = kWidth<T> / some;
-  const T* x = pass.x.template as<const T>();
+  const T* x = anew(pass.x.template as<const T>() + slab.first);
   const int kept = me.job.plan.kept;
   Tally<R, Member<T, kColumns>::kOwn> t;
-  for (int i = from; i < to; i += batch) {
-    uint4 v[batch];
+  // kAll: `batch` packs that are all there, and kept all or none.
+  const auto take_batch = [&](int i, auto all) {
+    constexpr bool kAll = decltype(all)::value;
+    uint4 v[batch], *const place = me.kept(i, 0, 1);
     uint32_t counted[batch], n = 0;
-    bool whole = true;
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
-      const auto at = slab.at(i + k);
-      v[k] = load(x + at.element, at.there, me.job.layout.vector, i + k < kept);
+      const auto at = slab.template at<kAll>(i + k);
+      v[k] = load(at.in(x), at.there, kAll || me.job.layout.vector, i + (kAll ? 0 : k) < kept);
       counted[k] = kGeneral && pass.mask ? slab.counted(pass.mask, run, i + k, at) : at.there;
     }
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
-      if (i + k < kept) *me.kept(i + k, 0, 1) = v[k];
-      whole = whole && counted[k] == kWhole<T>;
+      if (i + (kAll ? 0 : k) < kept) place[k * blockDim.x] = v[k];
       n += kColumns ? counted[k] != 0 : uint32_t(__popc(counted[k]));
     }
     t.n += n;
 
     if (i == from) {
-      const uint32_t all = sum_lanes(n, me.period());
-      const R share = pass.center && all > 0 ? scale * quotient(R(1), R(all)) : R(0);
+      const uint32_t number = sum_lanes(n, me.period());
+      const R share = pass.center && number > 0 ? scale * quotient(R(1), R(number)) : R(0);
       R sum[some] = {};
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
@@ -63,30 +63,30 @@ FN_DEVICE auto tally_moments(const ForwardPass& pass, const Member<T, kColumns>&
       if (!kColumns) me.set_pivots(0, sum);
       __syncwarp();
     }
-    const auto add = [&](auto all_counted) {
 #pragma unroll
-      for (int part = 0; part < parts; ++part) {
-        R pivot[some], s[some] = {}, q[some] = {};
-        take_coefficients<kColumns>(me.pivots(), me.column() + part * some, pivot);
+    for (int part = 0; part < parts; ++part) {
+      R pivot[some], s[some] = {}, q[some] = {};
+      take_coefficients<kColumns>(me.pivots(), me.column() + part * some, pivot);
 #pragma unroll
-        for (int k = 0; k < batch; ++k) {
-          R value[some];
-          take(v[k], part, value, T{});
+      for (int k = 0; k < batch; ++k) {
+        R value[some];
+        take(v[k], part, value, T{});
 #pragma unroll
-          for (int j = 0; j < some; ++j) {
-            R d = fused(value[j], scale, -pivot[j]);
-            if (!all_counted.value && !(counted[k] >> (part * some + j) & 1)) d = 0;
-            s[j] += d;
-            q[j] = fused(d, d, q[j]);
-          }
+        for (int j = 0; j < some; ++j) {
+          R d = fused(value[j], scale, -pivot[j]);
+          if (!(counted[k] >> (part * some + j) & 1)) d = 0;
+          s[j] += d;
+          q[j] = fused(d, d, q[j]);
         }
-        t.add(part * some, s, q);
       }
-    };
-    if (whole)
-      add(std::true_type{});
+      t.add(part * some, s, q);
+    }
+  };
+  for (int i = from; i < to; i += batch) {
+    if (i + batch <= slab.whole && (i + batch <= kept || i >= kept) && !(kGeneral && pass.mask))
+      take_batch(i, std::true_type{});
     else
-      add(std::false_type{});
+      take_batch(i, std::false_type{});
   }
   return t;
 }
@@ -152,17 +152,20 @@ FN_DEVICE void apply(const ForwardPass& pass, const Member<T, kColumns>& me) {
   using R = Real<T>;
   const Slab<T, kColumns> slab(me.job.layout, me.job.plan, me.slab, me.rank());
   constexpr int batch = kForwardBatch, some = kSome<T>, parts = kWidth<T> / some;
-  const T *x = pass.x.template as<const T>(), *residual = pass.epilogue.residual.template as<const T>();
-  T* y = pass.y.template as<T>();
-  const bool vector = me.job.layout.vector, relu = pass.epilogue.activation == Activation::relu;
+  const T *x = anew(pass.x.template as<const T>() + slab.first),
+          *residual = pass.epilogue.residual.template as<const T>();
+  T* y = anew(pass.y.template as<T>() + slab.first);
+  const bool vector = me.job.layout.vector;
+  const R least = pass.epilogue.activation == Activation::relu ? R(0) : R(-__builtin_huge_val());
   const int kept = me.job.plan.kept, row = me.job.layout.columns, column = me.column();
-  for (int i = (slab.steps - 1) / batch * batch; i >= 0; i -= batch) {
-    uint4 v[batch], added[kGeneral ? batch : 1];
+  const auto write_batch = [&](int i, auto all) {
+    constexpr bool kAll = decltype(all)::value;
+    uint4 v[batch], added[kGeneral ? batch : 1], *const place = me.kept(i, 0, 1);
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
-      const auto at = slab.at(i + k);
-      v[k] = i + k < kept ? *me.kept(i + k, 0, 1) : load(x + at.element, at.there, vector, true);
-      if (kGeneral && residual) added[k] = load(residual + at.element, at.there, vector, true);
+      const auto at = slab.template at<kAll>(i + k);
+      v[k] = i + (kAll ? 0 : k) < kept ? place[k * blockDim.x] : load(at.in(x), at.there, kAll || vector, true);
+      if (kGeneral && residual) added[k] = load(at.in(residual + slab.first), at.there, kAll || vector, true);
     }
 #pragma unroll
     for (int part = 0; part < parts; ++part) {
@@ -182,16 +185,22 @@ FN_DEVICE void apply(const ForwardPass& pass, const Member<T, kColumns>& me) {
           if (kGeneral)
             value[j] = activate<Math>(pass.epilogue.activation, R(pass.epilogue.slope), pre);
           else
-            value[j] = relu && pre <= 0 ? R(0) : pre;
+            value[j] = at_least(pre, least);
         }
         put(v[k], part, value, T{});
       }
     }
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
-      const auto at = slab.at(i + k);  // once more: cheaper than to hold it
-      store(y + at.element, v[k], at.there, vector, true);
+      const auto at = slab.template at<kAll>(i + k);  // once more: cheaper than to hold it
+      store(at.in(y), v[k], at.there, kAll || vector, true);
     }
+  };
+  for (int i = (slab.steps - 1) / batch * batch; i >= 0; i -= batch) {
+    if (i + batch <= slab.whole && (i + batch <= kept || i >= kept))
+      write_batch(i, std::true_type{});
+    else
+      write_batch(i, std::false_type{});
   }
 }
 

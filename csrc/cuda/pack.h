@@ -52,11 +52,31 @@ FN_DEVICE uint32_t anew(uint32_t v) {
 #endif
   return v;
 }
+// A pointer to the device's memory.
+template <class T>
+FN_DEVICE T* anew(T* p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
 FN_DEVICE uint32_t thread() { return anew(threadIdx.x); }
 
 // A division that may be wrong in its last digits.
 FN_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 FN_DEVICE double quotient(double a, double b) { return a / b; }
+
+// v, or `low` where that is larger; NaN stays.
+FN_DEVICE float at_least(float v, float low) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(low));
+  return v;
+#else
+  return v <= low ? low : v;
+#endif
+}
+FN_DEVICE double at_least(double v, double low) { return v <= low ? low : v; }
 
 // What core/epilogue.h asks for.
 struct Math {

@@ -59,10 +59,10 @@ struct BackwardPass {
   // dx does not wait for the sums.
   FN_INLINE bool known() const { return constant || cx || c0; }
   static constexpr int resident(bool) { return 512; }
-  // What the plain kernel knows: not both at once, either.
+  // What the plain kernel knows: neither both at once nor a dx of dy alone.
   bool is_plain() const {
     return epilogue.activation <= Activation::relu && !epilogue.residual && !mask && !dresidual &&
-           !(sums && dx && known());
+           !(dx && (constant || (sums && known())));
   }
 
   std::array<const void*, 5> tensors() const {

@@ -11,6 +11,10 @@
 // Rows of the matrix that are no whole number of packs (3 channels) are taken `repeat` at a time, as one row that is:
 // the matrix is contiguous. Copies of a column then have sums of their own, which are merged with those of the team.
 // Runs of rows may begin anywhere (49 elements): their packs are the aligned 16 bytes of memory that the run touches.
+//
+// An H200's memory moves 18 bytes for each clock of each SM: a warp's pack in 28 clocks, in which the SM's schedulers
+// issue 110 instructions at most, of all sweeps together. So packs that every thread has whole are told from the others
+// once for a batch (`whole`), and take no tests of their own.
 #pragma once
 
 #include "core/fold.h"
@@ -100,15 +104,24 @@ template <class T, bool kColumns>
 struct Slab {
   static constexpr uint32_t width = kWidth<T>;
   struct At {
-    int64_t element;  // of the pack, from the tensor's beginning
-    uint32_t there;   // a bit for each of its elements that is the slab's
+    int64_t bytes;   // from `first` to the pack
+    uint32_t there;  // a bit for each of its elements that is the slab's
+
+    template <class U>
+    FN_DEVICE U* in(U* tensor) const {
+      using Byte = std::conditional_t<std::is_const_v<U>, const char, char>;
+      return reinterpret_cast<U*>(reinterpret_cast<Byte*>(tensor) + bytes);
+    }
   };
 
   const Layout& layout;
-  int64_t first;        // element that the block's first run begins at
-  uint32_t full, rest;  // packs and elements of a run that begins at a border
-  uint32_t begin, end;  // packs from there on: the thread's first, the block's last
+  int64_t first;        // element: that the block's first run begins at; columns: of the thread's first pack
+  int64_t skip;         // rows: packs between a run and the next; columns: bytes from a step to the next
+  uint32_t full, rest;  // rows: packs and elements of a run that begins at a border
+  uint32_t there;       // columns: At::there of each of the thread's packs
+  uint32_t begin, end;  // packs from the first run's beginning on: the thread's first, the block's last
   int steps;            // packs of a thread, at most
+  int whole;            // of which so many, from the first on, are all there and aligned, for every thread
 
   FN_DEVICE Slab(const Layout& l, const Plan& plan, int number, int rank) : layout(l) {
     const int slab = int(anew(uint32_t(number)));
@@ -122,18 +135,30 @@ struct Slab {
     begin = uint32_t(from - own * l.packs.by) + thread();
     end = left > 0 ? begin - thread() + uint32_t(left) : 0;
     steps = left > 0 ? int((uint32_t(left) + blockDim.x - 1) / blockDim.x) : 0;
+    whole = left > 0 && l.vector && full == l.packs.by ? int(uint32_t(left) / blockDim.x) : 0;
+    skip = l.stride / width - l.packs.by;
+    if (kColumns) {
+      // Shares and blocks are whole rows of the strip: a thread stays in its columns.
+      const uint32_t row = l.packs.divide(begin), k = begin - row * l.packs.by;
+      there = elements(k, rest);
+      first += int64_t(row) * l.stride + k * width;
+      skip = int64_t(l.packs.divide(blockDim.x)) * l.stride * int64_t(sizeof(T));
+    }
   }
 
-  // The thread's i-th pack.
+  // The thread's i-th pack. kAll: it is one of the first `whole`.
+  template <bool kAll = false>
   FN_DEVICE At at(int i) const {
-    const uint32_t index = begin + uint32_t(i) * blockDim.x, r = layout.packs.divide(index);
+    const uint32_t index = begin + uint32_t(i) * blockDim.x;
+    if (kColumns) return {i * skip, kAll ? kWhole<T> : index < end ? there : 0};
+    const uint32_t r = layout.packs.divide(index);
+    if (kAll) return {(index + r * skip) * kPackBytes, kWhole<T>};
     const uint32_t k = index - r * layout.packs.by;
-    const int64_t here = first + int64_t(r) * layout.stride;
-    const uint32_t shift = kColumns ? 0 : uint32_t(here + layout.anchor) % width, over = rest + shift;
-    const uint32_t last = full + over / width;
-    uint32_t there = k < last ? kWhole<T> : k == last ? ~(~0u << over % width) : 0;
-    if (k == 0) there &= ~0u << shift;
-    return {here + int64_t(k) * width - shift, index < end ? there : 0};
+    const int64_t here = int64_t(r) * layout.stride;
+    const uint32_t shift = uint32_t(first + here + layout.anchor) % width;
+    uint32_t bits = elements(k, rest + shift);
+    if (k == 0) bits &= ~0u << shift;
+    return {(here + int64_t(k) * width - shift) * int64_t(sizeof(T)), index < end ? bits : 0};
   }
 
   // Those of the thread's i-th pack whose position the mask counts. `run`: the block's first, counted over the tensor.
@@ -141,7 +166,7 @@ struct Slab {
     const uint32_t r = layout.packs.divide(begin + uint32_t(i) * blockDim.x);
     if (a.there == 0) return 0;
     if (kColumns) return mask[run + r] ? a.there : 0;
-    const int64_t position = (run + r) * layout.length + (a.element - first - int64_t(r) * layout.stride);
+    const int64_t position = (run + r) * layout.length + (a.bytes / int64_t(sizeof(T)) - int64_t(r) * layout.stride);
     uint32_t bits = 0;
 #pragma unroll
     for (uint32_t j = 0; j < width; ++j)
@@ -150,6 +175,13 @@ struct Slab {
   }
   FN_DEVICE static int64_t first_run(const Layout& l, const Plan& plan, int slab, int rank) {
     return l.per_entry.divide(uint32_t(slab)) * l.runs + l.packs.divide(plan.share * rank);
+  }
+
+ private:
+  // Bits of pack k of a run of `full` packs and `over` elements.
+  FN_DEVICE uint32_t elements(uint32_t k, uint32_t over) const {
+    const int packs = k < full ? 1 : -int(k - full), n = packs * int(width) + int(over);
+    return ~(~0u << (n < 0 ? 0 : n > int(width) ? int(width) : n));
   }
 };
 
