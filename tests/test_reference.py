@@ -961,7 +961,7 @@ def test_absent_parameters_are_one_and_zero() -> None:
         present = (one[:length],) if forward is reference.rms_norm_forward else (one[:length], zero[:length])
         without, given = forward(x, *before), forward(x, *before, *present)
         gradients = backward(dy, x, *without[1:], *saved_before)
-        gradients_given = backward(dy, x, *given[1:], *saved_before, present[0])
+        gradients_given = backward(dy, x, *given[1:], *saved_before, *present)
         for absent, explicit in zip((*without, *gradients), (*given, *gradients_given), strict=True):
             np.testing.assert_array_equal(absent, explicit, err_msg=forward.__name__)
 

@@ -449,6 +449,7 @@ def instance_norm_backward(
     mean: ArrayLike,
     rstd: ArrayLike,
     weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     use_input_stats: bool = True,
     axis: int = 1,
@@ -460,6 +461,7 @@ def instance_norm_backward(
         dy: gradient of the loss with respect to ``y``, the shape of ``x``.
         x, weight, axis, mask: as in the forward call.
         mean, rstd: what the forward call returned.
+        bias: without effect; the library gives its gradient its dtype.
         use_input_stats: False if ``mean`` and ``rstd`` were constants.
 
     Returns:
@@ -547,6 +549,7 @@ def group_norm_backward(
     mean: ArrayLike,
     rstd: ArrayLike,
     weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     axis: int = 1,
     mask: ArrayLike | None = None,
@@ -557,6 +560,7 @@ def group_norm_backward(
         dy: gradient of the loss with respect to ``y``, the shape of ``x``.
         x, weight, axis, mask: as in the forward call.
         mean, rstd: what the forward call returned, ``(N, num_groups)``.
+        bias: without effect; the library gives its gradient its dtype.
 
     Returns:
         ``dx, dweight, dbias``, float64: ``dx`` in the shape of ``x``, ``dweight`` and ``dbias`` ``(C,)``.
@@ -639,6 +643,7 @@ def layer_norm_backward(
         x, weight: as in the forward call.
         bias: without effect; it is here because every norm's backward takes the forward's parameters.
         mean, rstd: what the forward call returned. The axes of ``x`` that they lack are the normalized ones.
+        bias: without effect; the library gives its gradient its dtype.
 
     Returns:
         ``dx, dweight, dbias``, float64: ``dx`` in the shape of ``x``, ``dweight`` and ``dbias`` in
@@ -839,6 +844,7 @@ def switchable_norm_backward(
     mean_logits: ArrayLike,
     var_logits: ArrayLike,
     weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     training: bool = True,
     axis: int = 1,
@@ -860,6 +866,7 @@ def switchable_norm_backward(
         dy: gradient of the loss with respect to ``y``, the shape of ``x``.
         x, mean_logits, var_logits, weight, axis: as in the forward call.
         means, variances, rstd: what the forward call returned.
+        bias: without effect; the library gives its gradient its dtype.
         training: False if the batch's part was constant.
 
     Returns:
