@@ -96,10 +96,10 @@ PLANTS = {
         "passes.h", "«anchor(p) == first»);", "true", "clusters", {"plain": "misaligned address"}
     ),
     "packs after the block's count": Plant("slab.h", "«index < end ? there : 0»", "there", "clusters", OVERRUN),
-    "elements before the run count": Plant("slab.h", "«if (k == 0) there &= ~0u << shift;»", ";", "clusters", WRONG),
+    "elements before the run count": Plant("slab.h", "«if (k == 0) bits &= ~0u << shift;»", ";", "clusters", WRONG),
     "a mask is read behind its end": Plant("slab.h", "«if (a.there == 0) return 0;»", ";", "clusters", OVERRUN),
     "more packs are kept than there is room for": Plant(
-        "forward.h", "if («i + k < kept») *me.kept", "true", "clusters", OVERRUN
+        "forward.h", "if («i + (kAll ? 0 : k) < kept») place", "true", "clusters", OVERRUN
     ),
     "scratch memory is too small": Plant("backend.cu", "int64_t(«kMaxParts») * device", "1", "grids", OVERRUN),
     "running statistics are updated by every block": Plant(

@@ -701,7 +701,7 @@ def rms_norm_forward(
 ) -> tuple[Array, Array]:
     """RMS normalization (Zhang & Sennrich 2019): ``y = x·rstd·weight`` with ``rstd = 1/√(Σx²/n + eps)``.
 
-    Arguments and errors are those of :func:`layer_norm_forward`; eps None is x's ``finfo(dtype).eps``, as in PyTorch.
+    Arguments and errors are those of :func:`layer_norm_forward`; eps None is ``finfo(x.dtype).eps``.
     Returns y and rstd.
     """
     x = arrays.taken(x, "x")

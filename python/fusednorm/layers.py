@@ -409,7 +409,7 @@ class LayerNorm(_Layer):
 class RMSNorm(_Layer):
     """RMS normalization over the last axes (Zhang & Sennrich 2019): ``y = x/√(Σx²/n + eps)·weight``.
 
-    Parameters are those of :class:`LayerNorm`, without a bias; eps None is x's ``finfo(dtype).eps``, as in PyTorch.
+    Parameters are those of :class:`LayerNorm`, without a bias; eps None is ``finfo(x.dtype).eps``.
     """
 
     _arrays: ClassVar[tuple[str, ...]] = ("weight",)
