@@ -641,7 +641,6 @@ def layer_norm_backward(
     Args:
         dy: gradient of the loss with respect to ``y``, the shape of ``x``.
         x, weight: as in the forward call.
-        bias: without effect; it is here because every norm's backward takes the forward's parameters.
         mean, rstd: what the forward call returned. The axes of ``x`` that they lack are the normalized ones.
         bias: without effect; the library gives its gradient its dtype.
 
