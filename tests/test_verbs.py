@@ -282,7 +282,7 @@ def test_the_mask_of_relu_is_the_forward_one(isa: str) -> None:
 
 
 def good() -> dict[str, Any]:
-    return {"fold": _C.Fold(1, 4, 3, 5, 5), "x": normal((60,)), "mean": np.zeros(3), "rstd": np.ones(3)}
+    return {"fold": _C._C.Fold(1, 4, 3, 5, 5), "x": normal((60,)), "mean": np.zeros(3), "rstd": np.ones(3)}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def good() -> dict[str, Any]:
         ({"y": normal((61,))}, ValueError),
         ({"activation": 6}, ValueError),
         ({"activation": -1}, ValueError),
-        ({"fold": _C.Fold(1, 4, 3, 5, 3)}, ValueError),
+        ({"fold": _C._C.Fold(1, 4, 3, 5, 3)}, ValueError),
     ],
 )
 def test_the_door_checks_what_it_indexes_with(wrong: dict[str, Any], error: type[Exception]) -> None:
@@ -316,7 +316,7 @@ def test_the_door_checks_what_it_indexes_with(wrong: dict[str, Any], error: type
 
 
 def test_the_door_does_not_write_to_read_only_arrays() -> None:
-    f = _C.Fold(1, 4, 3, 5, 5)
+    f = _C._C.Fold(1, 4, 3, 5, 5)
     frozen = np.zeros(3)
     frozen.flags.writeable = False
     for place in range(3):
@@ -533,3 +533,69 @@ def test_moments_errors_change_nothing() -> None:
         moments.push(normal((9, 4)), axes=2)
     for one, other in zip(before, (moments.count, moments.mean, moments.m2), strict=True):
         assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("centered", [True, False], ids=["layer", "rms"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_verbs_of_lines_one_after_the_other(dtype: str, centered: bool, isa: str) -> None:
+    f = _C.Fold(13, 1, 2, 37, 1)
+    x, dy = (normal((13, 2, 37), dtype, seed) + seed for seed in (0, 1))
+    weight, bias = normal((74,), "float32", 2), normal((74,), "float32", 3)
+    y, mean, rstd = np.full_like(x, np.nan), np.empty(26) if centered else None, np.empty(26)
+    _C.forward(f, x, weight, bias, None, None, None, None, y, mean, rstd, True, 0.0, -1, 1e-3, 0, 0.0)
+    count, own_mean, m2 = np.empty(26), np.empty(26), np.empty(26)
+    _C.moments(f, x, None, centered, count, own_mean, m2)
+    np.testing.assert_array_equal(count, 37)
+    np.testing.assert_array_equal(own_mean, 0 if mean is None else mean)
+    np.testing.assert_allclose(rstd, (m2 / 37 + 1e-3) ** -0.5, rtol=1e-15)
+    again = np.full_like(x, np.nan)
+    _C.normalize(f, x, mean, rstd, weight, bias, None, 0, 0.0, again)
+    assert_same_bits(y, again)
+
+    dx, dweight, dbias = np.full_like(x, np.nan), np.empty(74), np.empty(74)
+    _C.backward(f, dy, x, mean, rstd, weight, bias, None, None, False, 0, 0.0, dx, None, dweight, dbias)
+    s1, s2, dweight2, dbias2 = np.empty(26), np.empty(26), np.empty(74), np.empty(74)
+    _C.grad_sums(f, dy, x, mean, rstd, weight, bias, None, 0, 0.0, s1, s2, dweight2, dbias2)
+    assert_same_bits(dweight, dweight2)
+    assert_same_bits(dbias, dbias2)
+    _C.grad_input(
+        f, dy, x, mean, rstd, weight, bias, None, 0, 0.0, -s2 / 37, -s1 / 37 if centered else None, None, again, None
+    )
+    assert_same_bits(dx, again)
+    xhat = (x.astype(np.float64) - (0 if mean is None else mean.reshape(13, 2, 1))) * rstd.reshape(13, 2, 1)
+    g = dy.astype(np.float64) * weight.reshape(2, 37)
+    np.testing.assert_allclose(s1, g.sum(axis=2).ravel(), rtol=0, atol=1e-6 * np.abs(g).sum(axis=2).max())
+    np.testing.assert_allclose(
+        s2, (g * xhat).sum(axis=2).ravel(), rtol=0, atol=1e-6 * np.abs(g * xhat).sum(axis=2).max()
+    )
+    # Constant statistics: dx = rstd·w·dy.
+    _C.backward(f, dy, x, mean, rstd, weight, bias, None, None, True, 0, 0.0, dx, None, dweight, dbias)
+    _C.grad_input(f, dy, x, mean, rstd, weight, bias, None, 0, 0.0, None, None, None, again, None)
+    assert_same_bits(dx, again)
+    want = rstd.reshape(13, 2, 1) * g
+    close(dx, want, np.abs(want).max(), dtype)
+
+
+def test_what_is_needed_must_be_given() -> None:
+    x, s, c = normal((4, 3)), np.ones(3), np.ones(3, np.float32)
+    f, lines = _C.Fold(1, 4, 3, 1, 1), _C.Fold(4, 1, 1, 3, 1)
+    for call, name in (
+        (lambda: _C.moments(f, x, None, True, s, s, None), "m2"),
+        (lambda: _C.normalize(f, x, None, s, None, None, None, 0, 0.0, x.copy()), "mean"),
+        (lambda: _C.normalize(lines, x, None, None, None, None, None, 0, 0.0, x.copy()), "rstd"),
+        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), None, s, True, 0.1, -1, 1e-5, 0, 0.0), "mean"),
+        (lambda: _C.backward(f, x, x, s, None, *[None] * 4, False, 0, 0.0, x.copy(), None, c, c.copy()), "rstd"),
+        (lambda: _C.backward(f, x, x, s, s, *[None] * 4, False, 0, 0.0, x.copy(), None, None, c), "dweight"),
+        (lambda: _C.grad_sums(f, x, x, s, s, None, None, None, 0, 0.0, None, s, c, c.copy()), "s1"),
+        (lambda: _C.grad_input(f, x, x, None, s, None, None, None, 0, 0.0, s, s, None, x.copy(), None), "mean"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.* must be given"):
+            call()
+
+
+def test_lines_take_neither_masks_nor_epilogues() -> None:
+    x, s, mask = normal((4, 3)), np.ones(4), np.ones(4, bool)
+    f, rest = _C.Fold(4, 1, 1, 3, 1), (True, 0.1, -1, 1e-5)
+    for residual, counted, activation in ((x, None, 0), (None, mask, 0), (None, None, 1)):
+        with pytest.raises(ValueError, match="lines with a mask or an epilogue"):
+            _C.forward(f, x, *[None] * 4, residual, counted, x.copy(), s, s.copy(), *rest, activation, 0.0)

@@ -169,7 +169,9 @@ class Vector {
   Array array_;
 };
 
-double* statistics(py::handle h, const char* name, int64_t size, bool written, const Array& x) {
+// Lines have no mean where it is taken as 0: RMS norm.
+double* statistics(py::handle h, const char* name, int64_t size, bool written, const Array& x, bool needed = true) {
+  if (h.is_none() && needed) throw py::value_error(std::string(name) + " must be given");
   if (h.is_none()) return nullptr;
   const Array a = tensor(h, name, size, written);
   if (a.dtype != DType::f64) type_error(std::string(name) + " must be float64");
@@ -270,8 +272,9 @@ void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py
   const Vector w(weight, "weight", f.channels(), in), b(bias, "bias", f.channels(), in);
   const int64_t s = f.statistics();
   call(in, &Backend::normalize,
-       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in), statistics(rstd, "rstd", s, false, in), w.array(),
-                     b.array(), epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in, !f.is_lines()),
+                     statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
+                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                      tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
 }
 
@@ -296,8 +299,7 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
     expect_apart(rv, "running_var", w, "weight");
     expect_apart(rv, "running_var", b, "bias");
   }
-  double *m = statistics(mean, "mean", s, true, in), *r = statistics(rstd, "rstd", s, true, in);
-  expect(r, "rstd must be given");
+  double *m = statistics(mean, "mean", s, true, in, !f.is_lines()), *r = statistics(rstd, "rstd", s, true, in);
   call(in, &Backend::forward,
        ForwardArgs{f, in, w.array(), b.array(),
                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
@@ -318,8 +320,8 @@ void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::h
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
-  const double *m = statistics(mean, "mean", s, false, in), *r = statistics(rstd, "rstd", s, false, in);
-  expect(r && dw.array() && db.array(), "rstd, dweight and dbias must be given");
+  const double *m = statistics(mean, "mean", s, false, in, !f.is_lines()), *r = statistics(rstd, "rstd", s, false, in);
+  expect(dw.array() && db.array(), "dweight and dbias must be given");
   call(in, &Backend::backward,
        BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
@@ -338,12 +340,13 @@ void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
-  call(in, &Backend::grad_sums,
-       GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false, in),
-                    statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
-                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                    statistics(s1, "s1", s, true, in), statistics(s2, "s2", s, true, in), dw.array(), db.array(),
-                    queue_of(in, f, stream, scratch)});
+  call(
+      in, &Backend::grad_sums,
+      GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false, in, !f.is_lines()),
+                   statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
+                   epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                   statistics(s1, "s1", s, true, in), statistics(s2, "s2", s, true, in), dw.array(), db.array(),
+                   queue_of(in, f, stream, scratch)});
   dw.write_back();
   db.write_back();
 }
@@ -356,12 +359,13 @@ void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py:
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   call(in, &Backend::grad_input,
-       GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false, in),
-                     statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
+       GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in,
+                     statistics(mean, "mean", s, false, in, !f.is_lines()), statistics(rstd, "rstd", s, false, in),
+                     w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                     statistics(cx, "cx", s, false, in), statistics(c0, "c0", s, false, in), mask_of(mask, f, in),
-                     tensor(dx, "out", f.size(), true, &in), tensor(dresidual, "dresidual", f.size(), true, &in),
-                     queue_of(in, f, stream, scratch)});
+                     statistics(cx, "cx", s, false, in, false), statistics(c0, "c0", s, false, in, false),
+                     mask_of(mask, f, in), tensor(dx, "out", f.size(), true, &in),
+                     tensor(dresidual, "dresidual", f.size(), true, &in), queue_of(in, f, stream, scratch)});
 }
 
 void copy(py::handle to, py::handle from, uintptr_t stream) {
