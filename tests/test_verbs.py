@@ -282,7 +282,7 @@ def test_the_mask_of_relu_is_the_forward_one(isa: str) -> None:
 
 
 def good() -> dict[str, Any]:
-    return {"fold": _C._C.Fold(1, 4, 3, 5, 5), "x": normal((60,)), "mean": np.zeros(3), "rstd": np.ones(3)}
+    return {"fold": _C.Fold(1, 4, 3, 5, 5), "x": normal((60,)), "mean": np.zeros(3), "rstd": np.ones(3)}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def good() -> dict[str, Any]:
         ({"y": normal((61,))}, ValueError),
         ({"activation": 6}, ValueError),
         ({"activation": -1}, ValueError),
-        ({"fold": _C._C.Fold(1, 4, 3, 5, 3)}, ValueError),
+        ({"fold": _C.Fold(1, 4, 3, 5, 3)}, ValueError),
     ],
 )
 def test_the_door_checks_what_it_indexes_with(wrong: dict[str, Any], error: type[Exception]) -> None:
@@ -316,7 +316,7 @@ def test_the_door_checks_what_it_indexes_with(wrong: dict[str, Any], error: type
 
 
 def test_the_door_does_not_write_to_read_only_arrays() -> None:
-    f = _C._C.Fold(1, 4, 3, 5, 5)
+    f = _C.Fold(1, 4, 3, 5, 5)
     frozen = np.zeros(3)
     frozen.flags.writeable = False
     for place in range(3):
