@@ -204,8 +204,9 @@ def test_arrays_of_other_libraries_are_seen_as_cupys(device: str) -> None:
 
 
 def test_lines_are_refused(device: str) -> None:
-    with pytest.raises(TypeError, match=f"x is on {device}: layer and RMS norm run on the CPU only"):
-        fn.layer_norm(normal(4, 3), 3)
+    for width in (1, 3):
+        with pytest.raises(TypeError, match=f"x is on {device}: layer and RMS norm run on the CPU only"):
+            fn.rms_norm(normal(4, width), width)
 
 
 def test_results_repeat_bit_for_bit(device: str) -> None:

@@ -1,4 +1,6 @@
-"""The one-definition rule: no function that was compiled for one instruction set may stand in for another's.
+"""What is in the extension's file, and what happens when it is loaded.
+
+The one-definition rule: no function that was compiled for one instruction set may stand in for another's.
 
 An inline function or template that several objects emit is kept once, as whichever copy the linker meets first. If
 that copy came from the object for AVX-512, a machine without it dies in code that has nothing to do with kernels. So:
@@ -17,6 +19,7 @@ from pathlib import Path
 import fusednorm as fn
 import pytest
 from fusednorm import _C
+from support import run_python
 
 EXTENSION = Path(_C.__file__)
 BUILT = fn.build_info()["isa_built"]
@@ -124,3 +127,19 @@ def test_no_second_openmp_runtime() -> None:
     needed = re.findall(r"NEEDED\s+(\S+)", output(tool("objdump"), "-p", str(EXTENSION)))
     runtimes = [name for name in needed if re.search(r"gomp|iomp|libomp", name)]
     assert len(runtimes) <= 1
+
+
+@pytest.mark.skipif(not fn.build_info()["cuda"].startswith("built"), reason=f"CUDA is {fn.build_info()['cuda']}")
+def test_importing_does_not_initialize_cuda(tmp_path: Path) -> None:
+    """The CUDA runtime loads the driver when it is first asked something. Here the driver leaves a trace."""
+    (tmp_path / "driver.cpp").write_text(
+        "#include <cstdio>\n#include <cstdlib>\n"
+        '__attribute__((constructor)) void loaded() { std::fclose(std::fopen(std::getenv("TRACE"), "w")); }\n'
+    )
+    output(tool("g++"), "-shared", "-fPIC", str(tmp_path / "driver.cpp"), "-o", str(tmp_path / "libcuda.so.1"))
+    trace = tmp_path / "trace"
+    environment = {"LD_LIBRARY_PATH": str(tmp_path), "TRACE": str(trace)}
+    run_python("import fusednorm, fusednorm.cli; fusednorm.build_info()", **environment).check_returncode()
+    assert not trace.exists()
+    run_python("from fusednorm import _C; _C.cuda_devices()", **environment).check_returncode()
+    assert trace.exists()

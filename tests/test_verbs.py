@@ -576,18 +576,43 @@ def test_the_verbs_of_lines_one_after_the_other(dtype: str, centered: bool, isa:
     close(dx, want, np.abs(want).max(), dtype)
 
 
+@pytest.mark.parametrize("fold_", [(3, 4, 5, 9, 9), (3, 20, 17, 1, 1), (7, 1, 1, 1, 1), (6, 1, 2, 33, 1)], ids=str)
+def test_no_mean_is_a_mean_of_0(fold_: tuple[int, ...], isa: str) -> None:
+    f = _C.Fold(*fold_)
+    s, c, n = f.statistics, f.channels, f.per_statistic
+    x, dy = normal((f.size,)) + 1, normal((f.size,), seed=1)
+    weight, bias, zeros, rstd = normal((c,), seed=2), normal((c,), seed=3), np.zeros(s), np.empty(s)
+    y, other = np.full_like(x, np.nan), np.full_like(x, np.nan)
+    _C.forward(f, x, weight, bias, None, None, None, None, y, None, rstd, True, 0.0, -1, 1e-3, 0, 0.0)
+    squares = (x.astype(np.float64) ** 2).reshape(fold_[:4]).sum(axis=(1, 3)).ravel()
+    np.testing.assert_allclose(rstd, (squares / n + 1e-3) ** -0.5, rtol=1e-6)
+    for mean in (None, zeros):
+        _C.normalize(f, x, mean, rstd, weight, bias, None, 0, 0.0, other)
+        assert_same_bits(y, other)
+    sums = [[np.empty(s), np.empty(s), np.empty(c), np.empty(c)] for _ in range(2)]
+    for mean, out in zip((None, zeros), sums, strict=True):
+        _C.grad_sums(f, dy, x, mean, rstd, weight, bias, None, 0, 0.0, *out)
+    for one, two in zip(*sums, strict=True):
+        assert_same_bits(one, two)
+    dx, dweight, dbias = np.full_like(x, np.nan), np.empty(c), np.empty(c)
+    _C.backward(f, dy, x, None, rstd, weight, bias, None, None, False, 0, 0.0, dx, None, dweight, dbias)
+    for mean in (None, zeros):
+        _C.grad_input(f, dy, x, mean, rstd, weight, bias, None, 0, 0.0, -sums[0][1] / n, None, None, other, None)
+        close(dx, other, np.abs(other).max(), "float32")
+    np.testing.assert_allclose(dweight, sums[0][2], rtol=1e-12)
+
+
 def test_what_is_needed_must_be_given() -> None:
     x, s, c = normal((4, 3)), np.ones(3), np.ones(3, np.float32)
     f, lines = _C.Fold(1, 4, 3, 1, 1), _C.Fold(4, 1, 1, 3, 1)
     for call, name in (
         (lambda: _C.moments(f, x, None, True, s, s, None), "m2"),
-        (lambda: _C.normalize(f, x, None, s, None, None, None, 0, 0.0, x.copy()), "mean"),
         (lambda: _C.normalize(lines, x, None, None, None, None, None, 0, 0.0, x.copy()), "rstd"),
-        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), None, s, True, 0.1, -1, 1e-5, 0, 0.0), "mean"),
+        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), s, None, True, 0.1, -1, 1e-5, 0, 0.0), "rstd"),
         (lambda: _C.backward(f, x, x, s, None, *[None] * 4, False, 0, 0.0, x.copy(), None, c, c.copy()), "rstd"),
         (lambda: _C.backward(f, x, x, s, s, *[None] * 4, False, 0, 0.0, x.copy(), None, None, c), "dweight"),
         (lambda: _C.grad_sums(f, x, x, s, s, None, None, None, 0, 0.0, None, s, c, c.copy()), "s1"),
-        (lambda: _C.grad_input(f, x, x, None, s, None, None, None, 0, 0.0, s, s, None, x.copy(), None), "mean"),
+        (lambda: _C.grad_input(f, x, x, s, None, None, None, None, 0, 0.0, s, s, None, x.copy(), None), "rstd"),
     ):
         with pytest.raises(ValueError, match=f"{name}.* must be given"):
             call()

@@ -169,7 +169,7 @@ class Vector {
   Array array_;
 };
 
-// Lines have no mean where it is taken as 0: RMS norm.
+// The mean need not be there where it is taken as 0 (RMS norm); CUDA's verbs have no such norm.
 double* statistics(py::handle h, const char* name, int64_t size, bool written, const Array& x, bool needed = true) {
   if (h.is_none() && needed) throw py::value_error(std::string(name) + " must be given");
   if (h.is_none()) return nullptr;
@@ -211,7 +211,7 @@ void expect_loops(const Fold& f, const Array& x, py::handle mask = py::none(), p
   expect(f.is_columns() || f.is_rows() || f.is_lines(), "no kernel takes a fold whose channels change along inner");
   if (f.is_rows() || f.is_columns()) return;
   expect(mask.is_none() && residual.is_none() && activation == 0, "no kernel takes lines with a mask or an epilogue");
-  if (x.device != kCpu) type_error("x is on " + shown_device(x.device) + ": layer and RMS norm run on the CPU only");
+  if (x.device != kCpu) type_error("x is on " + shown_device(x.device) + ", and lines are folds of the CPU only");
 }
 
 // The backend of x's device, and what its verbs need besides their arguments: `stream`, a cudaStream_t, and `scratch`,
@@ -272,7 +272,7 @@ void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py
   const Vector w(weight, "weight", f.channels(), in), b(bias, "bias", f.channels(), in);
   const int64_t s = f.statistics();
   call(in, &Backend::normalize,
-       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in, !f.is_lines()),
+       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in, in.device != kCpu),
                      statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                      tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
@@ -299,7 +299,7 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
     expect_apart(rv, "running_var", w, "weight");
     expect_apart(rv, "running_var", b, "bias");
   }
-  double *m = statistics(mean, "mean", s, true, in, !f.is_lines()), *r = statistics(rstd, "rstd", s, true, in);
+  double *m = statistics(mean, "mean", s, true, in, in.device != kCpu), *r = statistics(rstd, "rstd", s, true, in);
   call(in, &Backend::forward,
        ForwardArgs{f, in, w.array(), b.array(),
                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
@@ -320,7 +320,8 @@ void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::h
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
-  const double *m = statistics(mean, "mean", s, false, in, !f.is_lines()), *r = statistics(rstd, "rstd", s, false, in);
+  const double *m = statistics(mean, "mean", s, false, in, in.device != kCpu),
+               *r = statistics(rstd, "rstd", s, false, in);
   expect(dw.array() && db.array(), "dweight and dbias must be given");
   call(in, &Backend::backward,
        BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
@@ -340,13 +341,13 @@ void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
-  call(
-      in, &Backend::grad_sums,
-      GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false, in, !f.is_lines()),
-                   statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
-                   epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                   statistics(s1, "s1", s, true, in), statistics(s2, "s2", s, true, in), dw.array(), db.array(),
-                   queue_of(in, f, stream, scratch)});
+  call(in, &Backend::grad_sums,
+       GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in,
+                    statistics(mean, "mean", s, false, in, in.device != kCpu), statistics(rstd, "rstd", s, false, in),
+                    w.array(), b.array(),
+                    epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+                    statistics(s1, "s1", s, true, in), statistics(s2, "s2", s, true, in), dw.array(), db.array(),
+                    queue_of(in, f, stream, scratch)});
   dw.write_back();
   db.write_back();
 }
@@ -360,7 +361,7 @@ void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py:
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   call(in, &Backend::grad_input,
        GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in,
-                     statistics(mean, "mean", s, false, in, !f.is_lines()), statistics(rstd, "rstd", s, false, in),
+                     statistics(mean, "mean", s, false, in, in.device != kCpu), statistics(rstd, "rstd", s, false, in),
                      w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                      statistics(cx, "cx", s, false, in, false), statistics(c0, "c0", s, false, in, false),

@@ -521,6 +521,8 @@ def _line_layout(
 
 def _lines(x: Array, normalized: int) -> tuple[Array, _Lines]:
     """`x`, or a C-ordered copy of it, and its lines."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x is on {arrays.device(x)}: layer and RMS norm run on the CPU only")
     lines = _line_layout(x.shape, x.strides, x.dtype, normalized)
     if lines is None or not arrays.is_plain(x):
         copy = arrays.empty(x.shape, x.dtype.newbyteorder("="), beside=x)
