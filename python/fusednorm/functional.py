@@ -496,7 +496,7 @@ class _Lines(NamedTuple):
         if self.order is None:
             return statistic.reshape(self.kept)
         lying = statistic.reshape([self.kept[a] for a in self.order]).transpose(np.argsort(self.order).tolist())
-        return arrays.namespace(statistic).ascontiguousarray(lying)  # type: ignore[no-any-return]
+        return np.ascontiguousarray(lying)
 
     def flat(self, statistic: Array) -> Array:
         """And back."""
@@ -525,7 +525,7 @@ def _lines(x: Array, normalized: int) -> tuple[Array, _Lines]:
         raise TypeError(f"x is on {arrays.device(x)}: layer and RMS norm run on the CPU only")
     lines = _line_layout(x.shape, x.strides, x.dtype, normalized)
     if lines is None or not arrays.is_plain(x):
-        copy = arrays.empty(x.shape, x.dtype.newbyteorder("="), beside=x)
+        copy = arrays.empty(x.shape, x.dtype.newbyteorder("="))
         copy[...] = x
         return _lines(copy, normalized)
     return x, lines
@@ -548,15 +548,12 @@ def _line_forward(
     weight = None if weight is None else arrays.taken(weight, "weight")
     bias = None if bias is None else arrays.taken(bias, "bias")
     x, lines = _lines(given, len(_normalized(given, normalized_shape, weight=weight, bias=bias)))
-    out = arrays.beside(out, "out", given)
     y = _output(out, given, x, (given, weight, bias))
     mean, rstd = arrays.statistics(x, lines.fold.statistics)
-    queue = arrays.queue(x, lines.fold)
     _C.forward(
         lines.fold, x, _line(weight), _line(bias), None, None, None, None, y, mean if center else None, rstd,
-        True, 0.0, -1, eps, 0, 0.0, *queue,
+        True, 0.0, -1, eps, 0, 0.0,
     )  # fmt: skip
-    arrays.launched(queue, y, mean, rstd)
     if x is not given and out is None:
         y = arrays.laid_out_like(y, arrays.empty_like(given))
     return _deliver(y, out), lines.shaped(mean) if center else None, lines.shaped(rstd)
@@ -580,23 +577,19 @@ def _line_backward(
     dy = _alike(dy, "dy", given, x)
     mean = None if mean is None else lines.flat(_statistics(mean, "mean", lines.kept, x))
     rstd = lines.flat(_statistics(rstd, "rstd", lines.kept, x))
-    out = arrays.beside(out, "out", x)
     dx = _output(out, given, x, (given, dy, weight))
     default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
-    dweight = arrays.empty(shape, default if weight is None else weight.dtype, beside=x)
-    dbias = arrays.empty(shape, default if bias is None else bias.dtype, beside=x)
-    queue = arrays.queue(x, lines.fold)
+    dweight = np.empty(shape, default if weight is None else weight.dtype)
+    dbias = np.empty(shape, default if bias is None else bias.dtype)
     _C.backward(
         lines.fold, dy, x, mean, rstd, _line(weight), None, None, None, False, 0, 0.0, dx, None, dweight.reshape(-1),
-        dbias.reshape(-1), *queue,
+        dbias.reshape(-1),
     )  # fmt: skip
-    arrays.launched(queue, dx, dweight, dbias, mean, rstd)
     if x is not given and out is None:
         dx = arrays.laid_out_like(dx, arrays.empty_like(given))
     return _deliver(dx, out), dweight, dbias
 
 
-@arrays.on_its_device
 def layer_norm(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -610,7 +603,6 @@ def layer_norm(
     return _line_forward(x, normalized_shape, weight, bias, eps, True, out)[0]
 
 
-@arrays.on_its_device
 def layer_norm_forward(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -654,7 +646,6 @@ def layer_norm_forward(
     return y, mean, rstd
 
 
-@arrays.on_its_device
 def layer_norm_backward(
     dy: Array,
     x: Array,
@@ -679,7 +670,6 @@ def _finfo_eps(dtype: np.dtype[Any]) -> float:
     return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
 
 
-@arrays.on_its_device
 def rms_norm(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -692,7 +682,6 @@ def rms_norm(
     return rms_norm_forward(x, normalized_shape, weight, eps, out=out)[0]
 
 
-@arrays.on_its_device
 def rms_norm_forward(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -713,7 +702,6 @@ def rms_norm_forward(
     return y, rstd
 
 
-@arrays.on_its_device
 def rms_norm_backward(
     dy: Array,
     x: Array,
