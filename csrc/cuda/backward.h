@@ -55,7 +55,7 @@ FN_DEVICE void sweep(const BackwardPass& pass, Member<T, kColumns>& me, bool to_
   using R = Real<T>;
   constexpr int batch = kBackwardBatch<T, kGeneral>, some = kSome<T>, parts = kWidth<T> / some;
   const Slab<T, kColumns> slab(me.job.layout, me.job.plan, me.slab, me.rank());
-  const int64_t run = kGeneral ? slab.first_run(me.job.layout, me.job.plan, me.slab, me.rank()) : 0;
+  [[maybe_unused]] const int64_t run = kGeneral ? slab.first_run(me.job.layout, me.job.plan, me.slab, me.rank()) : 0;
   const T *x = pass.x.template as<const T>() + slab.first, *dy = pass.dy.template as<const T>() + slab.first,
           *residual = pass.epilogue.residual.template as<const T>();
   T *dx = pass.dx.template as<T>(), *dresidual = pass.dresidual.template as<T>();
