@@ -40,7 +40,7 @@ class Plant(NamedTuple):
     caught: dict[str, str]  # by which build, and in which words
 
 
-WRONG = {"plain": r"\d, not |depends on the schedule"}
+WRONG = {"plain": r"\w, not |depends on the schedule"}
 RACE = {"tsan": "data race"}
 OVERRUN = {"asan": "AddressSanitizer: heap-(buffer-overflow|use-after-free)"}
 
