@@ -23,7 +23,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     """Without the libraries that a sanitizer session preloads."""
     clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | environment
     return subprocess.run(
-        list(map(str, command)), env=clean, text=True, timeout=600, check=False, stdout=-1, stderr=subprocess.STDOUT
+        list(map(str, command)), env=clean, text=True, timeout=1800, check=False, stdout=-1, stderr=subprocess.STDOUT
     )
 
 
