@@ -208,9 +208,9 @@ def test_grad_input(shape: Any, dtype: str, activation: Any, given: str, isa: st
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("training", "averaged"), [(True, False), (True, True), (False, False)])
 def test_forward_and_backward_are_the_verbs_one_after_the_other(
-    shape: Any, dtype: str, training: bool, isa: str
+    shape: Any, dtype: str, training: bool, averaged: bool, isa: str
 ) -> None:
     drawn = Drawn(shape, dtype)
     f, s, c = drawn.fold, drawn.fold.statistics, drawn.fold.channels
@@ -219,15 +219,16 @@ def test_forward_and_backward_are_the_verbs_one_after_the_other(
     y, mean, rstd = np.full_like(drawn.x, np.nan), np.empty(s), np.empty(s)
     _C.forward(
         f, drawn.x, drawn.weight, drawn.bias, running_mean, running_var, drawn.residual, None, y, mean, rstd,
-        training, 0.25, -1, 1e-3, 1, 0.0,
+        training, 0.25, -1, averaged, 1e-3, 1, 0.0,
     )  # fmt: skip
     x, n = apart(drawn.x, shape), shape[1] * shape[3]
     if training:
         var = x.var(axis=(1, 3))
         want_mean, want_var = old_mean, old_var
-        for b in range(shape[0]):
-            want_mean = 0.75 * want_mean + 0.25 * x.mean(axis=(1, 3))[b]
-            want_var = 0.75 * want_var + 0.25 * var[b] * n / (n - 1)
+        entries = [slice(None)] if averaged else [slice(b, b + 1) for b in range(shape[0])]
+        for b in entries:
+            want_mean = 0.75 * want_mean + 0.25 * x.mean(axis=(1, 3))[b].mean(axis=0)
+            want_var = 0.75 * want_var + 0.25 * var[b].mean(axis=0) * n / (n - 1)
         np.testing.assert_allclose(running_mean, want_mean, rtol=2e-6)
         np.testing.assert_allclose(running_var, want_var, rtol=2e-6)
     else:
@@ -542,7 +543,7 @@ def test_the_verbs_of_lines_one_after_the_other(dtype: str, centered: bool, isa:
     x, dy = (normal((13, 2, 37), dtype, seed) + seed for seed in (0, 1))
     weight, bias = normal((74,), "float32", 2), normal((74,), "float32", 3)
     y, mean, rstd = np.full_like(x, np.nan), np.empty(26) if centered else None, np.empty(26)
-    _C.forward(f, x, weight, bias, None, None, None, None, y, mean, rstd, True, 0.0, -1, 1e-3, 0, 0.0)
+    _C.forward(f, x, weight, bias, None, None, None, None, y, mean, rstd, True, 0.0, -1, False, 1e-3, 0, 0.0)
     count, own_mean, m2 = np.empty(26), np.empty(26), np.empty(26)
     _C.moments(f, x, None, centered, count, own_mean, m2)
     np.testing.assert_array_equal(count, 37)
@@ -583,7 +584,7 @@ def test_no_mean_is_a_mean_of_0(fold_: tuple[int, ...], isa: str) -> None:
     x, dy = normal((f.size,)) + 1, normal((f.size,), seed=1)
     weight, bias, zeros, rstd = normal((c,), seed=2), normal((c,), seed=3), np.zeros(s), np.empty(s)
     y, other = np.full_like(x, np.nan), np.full_like(x, np.nan)
-    _C.forward(f, x, weight, bias, None, None, None, None, y, None, rstd, True, 0.0, -1, 1e-3, 0, 0.0)
+    _C.forward(f, x, weight, bias, None, None, None, None, y, None, rstd, True, 0.0, -1, False, 1e-3, 0, 0.0)
     squares = (x.astype(np.float64) ** 2).reshape(fold_[:4]).sum(axis=(1, 3)).ravel()
     np.testing.assert_allclose(rstd, (squares / n + 1e-3) ** -0.5, rtol=1e-6)
     for mean in (None, zeros):
@@ -608,7 +609,7 @@ def test_what_is_needed_must_be_given() -> None:
     for call, name in (
         (lambda: _C.moments(f, x, None, True, s, s, None), "m2"),
         (lambda: _C.normalize(lines, x, None, None, None, None, None, 0, 0.0, x.copy()), "rstd"),
-        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), s, None, True, 0.1, -1, 1e-5, 0, 0.0), "rstd"),
+        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), s, None, True, 0.1, -1, False, 1e-5, 0, 0.0), "rstd"),
         (lambda: _C.backward(f, x, x, s, None, *[None] * 4, False, 0, 0.0, x.copy(), None, c, c.copy()), "rstd"),
         (lambda: _C.backward(f, x, x, s, s, *[None] * 4, False, 0, 0.0, x.copy(), None, None, c), "dweight"),
         (lambda: _C.grad_sums(f, x, x, s, s, None, None, None, 0, 0.0, None, s, c, c.copy()), "s1"),
@@ -620,7 +621,7 @@ def test_what_is_needed_must_be_given() -> None:
 
 def test_lines_take_neither_masks_nor_epilogues() -> None:
     x, s, mask = normal((4, 3)), np.ones(4), np.ones(4, bool)
-    f, rest = _C.Fold(4, 1, 1, 3, 1), (True, 0.1, -1, 1e-5)
+    f, rest = _C.Fold(4, 1, 1, 3, 1), (True, 0.1, -1, False, 1e-5)
     for residual, counted, activation in ((x, None, 0), (None, mask, 0), (None, None, 1)):
         with pytest.raises(ValueError, match="lines with a mask or an epilogue"):
             _C.forward(f, x, *[None] * 4, residual, counted, x.copy(), s, s.copy(), *rest, activation, 0.0)

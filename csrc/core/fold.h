@@ -29,6 +29,10 @@ struct Fold {
   // Shapes of memory. Rows: each run of `inner` elements has one statistic and one channel. Columns: neighbours in memory
   // belong to different statistics and channels. Lines: each run has one statistic, and its elements channels of their
   // own.
+  // Cells: what a statistic and a channel have in common. A statistic is taken over `share` neighbouring ones.
+  FN_INLINE int64_t share() const { return span > 0 ? inner / span : 1; }
+  FN_INLINE Fold cells() const { return {batch, outer, groups * share(), span, span}; }
+
   FN_INLINE bool is_columns() const { return inner == 1 && span == 1; }
   FN_INLINE bool is_rows() const { return inner == span; }
   FN_INLINE bool is_lines() const { return outer == 1 && span == 1 && inner != 1; }

@@ -82,19 +82,6 @@ void normalize(const NormalizeArgs& a) {
   run(pass, a.epilogue);
 }
 
-// New running value: old + weight·(new − old), rounded to its type after each of the batch entries, as calls in turn
-// would.
-void update_running(const RunningArgs& running, const Fold& f, const Moments* found) {
-  for (int64_t c = 0; c < f.groups; ++c)
-    for (int64_t b = 0; b < f.batch; ++b) {
-      const Moments& m = found[b * f.groups + c];
-      if (m.n < 2) continue;  // a mask that counts nothing says nothing
-      const double weight = running.counted < 0 ? running.momentum : 1.0 / double(running.counted + b + 1);
-      running.mean.set(c, (1 - weight) * running.mean.get(c) + weight * m.mean);
-      running.var.set(c, (1 - weight) * running.var.get(c) + weight * (m.m2 / (m.n - 1)));
-    }
-}
-
 void forward(const ForwardArgs& a) {
   const int64_t s = a.fold.statistics();
   if (!a.training) {
@@ -131,7 +118,8 @@ void forward(const ForwardArgs& a) {
     }
   }
   if (again) normalize({a.fold, a.x, a.mean, a.rstd, a.weight, a.bias, a.epilogue, a.y});
-  if (a.running.mean) update_running(a.running, a.fold, found.get());
+  for (int64_t c = 0; a.running.mean && c < a.fold.groups; ++c)
+    a.running.update_by_entries(c, a.fold.batch, [&](int64_t b) { return found[b * a.fold.groups + c]; });
 }
 
 // Per-channel gradients: the batch entries' sums, in order.
