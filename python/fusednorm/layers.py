@@ -215,7 +215,7 @@ class BatchNorm(_Layer):
     ) -> None:
         kind = _dtype(dtype)
         functional._activation(activation)
-        functional._ghost(ghost_batch_size)
+        functional._check_ghosts(ghost_batch_size)
         if momentum is not None and not isinstance(momentum, float | int | np.number):
             raise TypeError(f"momentum must be a number or None, not {momentum!r}")
         self.num_features = num_features
@@ -269,20 +269,20 @@ class BatchNorm(_Layer):
             count, momentum = self.num_batches_tracked, 0.0
         y, mean, rstd = functional._forward(
             x,
+            functional._batch,
+            (self.axis, self.ghost_batch_size),
             self._weight,
             self._bias,
+            self.eps,
+            out,
             self._running_mean,
             self._running_var,
             batch_statistics,
             momentum,
             count,
-            self.eps,
-            self.axis,
             residual,
             self.activation,
-            self.ghost_batch_size,
             mask,
-            out,
         )
         if training and tracked and y.size:
             self.num_batches_tracked += 1 if mean.ndim == 1 else mean.shape[0]
