@@ -19,6 +19,12 @@ from fusednorm.functional import (
     batch_norm_backward,
     batch_norm_forward,
     batch_normalization,
+    group_norm,
+    group_norm_backward,
+    group_norm_forward,
+    instance_norm,
+    instance_norm_backward,
+    instance_norm_forward,
     layer_norm,
     layer_norm_backward,
     layer_norm_forward,
@@ -27,11 +33,13 @@ from fusednorm.functional import (
     rms_norm_backward,
     rms_norm_forward,
 )
-from fusednorm.layers import BatchNorm, LayerNorm, RMSNorm
+from fusednorm.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from fusednorm.statistics import Moments
 
 __all__ = [
     "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
     "LayerNorm",
     "Moments",
     "RMSNorm",
@@ -42,6 +50,12 @@ __all__ = [
     "build_info",
     "empty_cache",
     "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_forward",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_forward",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_forward",

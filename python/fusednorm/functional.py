@@ -6,6 +6,8 @@ norm                 a statistic of                                fold, channel
 batch                each channel                                  (1, N, C, HW, HW)          (C,)
 batch, ghosts        each channel of B samples, the last part      (N/B, B, C, HW, HW) and    (⌈N/B⌉, C)
                      shorter                                       (1, N mod B, C, HW, HW)
+instance             each channel of each sample                   (N, 1, C, HW, HW)          (N, C)
+group                each group of channels of each sample         (N, 1, G, C/G·HW, HW)      (N, G)
 layer, RMS           each line of the last axes                    (M, 1, 1, D, 1)            x's shape without these
 ===================  ============================================  =========================  ==========================
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -87,6 +90,41 @@ def _ghosts(shape: _Shape, order: _Shape, axis: int, samples: int, size: int) ->
             index = None if stop - start == n else (*(slice(None),) * samples, slice(start, stop))
             parts.append(Part(fold.batch(cut, order, axis, ghosts), index, first))
     return tuple(parts)
+
+
+@lru_cache(maxsize=4096)
+def _group(shape: _Shape, strides: _Shape, dtype: _DType, axis: int, groups: int) -> Layout | None:
+    axis, samples = operands.channel_axis(shape, axis)
+    order = operands.order(shape, strides, dtype)
+    _check_groups(shape[axis], groups)
+    found = None if order is None else fold.group(shape, order, axis, groups)
+    return None if found is None else Layout((Part(found),), (shape[samples], groups), (shape[axis],), axis)
+
+
+def _check_groups(channels: int, groups: int) -> None:
+    if groups < 1:
+        raise ValueError(f"Expected num groups to be greater than 0, got {groups}")
+    if channels % groups:
+        raise ValueError(f"num_channels ({channels}) must be divisible by num_groups ({groups})")
+
+
+@lru_cache(maxsize=4096)
+def _instance(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Layout | None:
+    axis, samples = operands.channel_axis(shape, axis)
+    order = operands.order(shape, strides, dtype)
+    found = None if order is None else fold.group(shape, order, axis, shape[axis])
+    if found is None:
+        return None
+    pixels = math.prod(shape[a] for a in range(len(shape)) if a not in (axis, samples))
+    few = f"Expected more than 1 spatial element when training, got input size {shape}" if pixels == 1 else ""
+    return Layout(
+        (Part(found),),
+        (shape[samples], shape[axis]),
+        (shape[axis],),
+        axis,
+        too_few=few,
+        evaluation="use_input_stats is false",
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -392,6 +430,191 @@ def batch_norm_backward(
         dy, x, _batch, (axis, ghost_batch_size), mean, rstd, weight, bias, out, not training, residual, activation, mask
     )
     return gradients[:3] if residual is None else gradients
+
+
+def instance_norm(
+    x: Array,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Instance normalization in the order of ``torch.nn.functional.instance_norm``; see
+    :func:`instance_norm_forward`."""
+    return _forward(
+        x, _instance, (axis,), weight, bias, eps, out, running_mean, running_var, use_input_stats, momentum, mask=mask,
+        averaged=True,
+    )[0]  # fmt: skip
+
+
+def instance_norm_forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016): ``y = (x − mean)·rstd·weight + bias``, with
+    statistics of each channel of each sample.
+
+    Parameters
+    ----------
+    x : (N, C, *spatial) or any other place of C
+        float32, float64, float16 or bfloat16. The samples lie along the first axis that is not `axis`. Read where it
+        lies if it is dense and the samples are its slowest axis, else through a copy.
+    weight, bias : (C,), optional
+        Any of the four dtypes, whatever x's.
+    running_mean, running_var : (C,), optional
+        As in :func:`batch_norm_forward`, where the new values are the samples' averages: of the means, and of the
+        variances with n − 1. Used, and needed, where `use_input_stats` is False.
+    use_input_stats : bool
+        Whether the statistics are the instances' own or the running ones.
+    momentum : float
+        Weight of the new value in the running statistics.
+    eps : float
+        Added to the variance.
+    axis : int
+        The axis of the channels; -1 for channels last.
+    mask : bool, shape of x without `axis`, optional
+        True where a position counts for the statistics; y is computed everywhere. Statistics of fewer than two counted
+        elements are left out of the running ones.
+    out : like x, optional
+        Where y goes, any strides. It may be x itself; a backward needs the original x.
+
+    Returns
+    -------
+    y : like x
+    mean, rstd : float64, (N, C)
+        What the backward needs: ``rstd = 1/√(variance + eps)``.
+
+    Raises
+    ------
+    ValueError
+        One position with `use_input_stats`, running statistics missing without, sizes that do not fit, an array to be
+        written that is read-only or shares memory with another. AxisError for the axis.
+    TypeError
+        Arrays of another kind, other dtypes, momentum None.
+    """
+    return _forward(
+        x, _instance, (axis,), weight, bias, eps, out, running_mean, running_var, use_input_stats, momentum, mask=mask,
+        averaged=True,
+    )  # fmt: skip
+
+
+def instance_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    use_input_stats: bool = True,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of :func:`instance_norm_forward`: dx like x, dweight and dbias (C,).
+
+    dy is like x, its memory layout may differ. mean and rstd are the forward's; `use_input_stats` False says that they
+    were constants. bias only says which dtype its gradient has.
+    `out`, where dx goes, may be dy or x itself. dweight and dbias are in the parameter's dtype; without one float32,
+    for float64 x float64. Raises as the forward.
+    """
+    return _backward(
+        dy, x, _instance, (axis,), mean, rstd, weight, bias, out, not use_input_stats, mask=mask
+    )[:3]  # fmt: skip
+
+
+def group_norm(
+    x: Array,
+    num_groups: int,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Group normalization in the order of ``torch.nn.functional.group_norm``; see :func:`group_norm_forward`."""
+    return _forward(x, _group, (axis, index(num_groups)), weight, bias, eps, out, mask=mask)[0]
+
+
+def group_norm_forward(
+    x: Array,
+    num_groups: int,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Group normalization (Wu & He 2018): ``y = (x − mean)·rstd·weight + bias``, with statistics of each group of
+    channels of each sample.
+
+    Parameters
+    ----------
+    x : (N, C), (N, C, *spatial) or any other place of C
+        As in :func:`instance_norm_forward`.
+    num_groups : int
+        How many groups of ``C / num_groups`` consecutive channels there are.
+    weight, bias, eps, axis, mask, out
+        As in :func:`instance_norm_forward`: a weight and a bias for each channel.
+
+    Returns
+    -------
+    y : like x
+    mean, rstd : float64, (N, num_groups)
+        What the backward needs: ``rstd = 1/√(variance + eps)``.
+
+    Raises
+    ------
+    ValueError
+        C not divisible by `num_groups`, sizes that do not fit, an `out` that is read-only or shares memory with another
+        array. AxisError for the axis.
+    TypeError
+        Arrays of another kind, other dtypes.
+    """
+    return _forward(x, _group, (axis, index(num_groups)), weight, bias, eps, out, mask=mask)
+
+
+def group_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of :func:`group_norm_forward`: dx like x, dweight and dbias (C,).
+
+    The length of mean's second axis is the number of groups; else as in :func:`instance_norm_backward`.
+    """
+    mean = arrays.taken(mean, "mean")
+    if mean.ndim != 2:
+        raise ValueError(f"mean must have shape (N, num_groups), got {mean.shape}")
+    return _backward(dy, x, _group, (axis, mean.shape[1]), mean, rstd, weight, bias, out, mask=mask)[:3]
 
 
 def layer_norm(

@@ -15,7 +15,7 @@ from fusednorm.functional import Activation
 
 _L = TypeVar("_L", bound="_Layer")
 
-__all__ = ["BatchNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 
 def _dtype(dtype: Any) -> np.dtype[Any]:
@@ -151,7 +151,76 @@ class _Layer:
         self._saved = threading.local()
 
 
-class BatchNorm(_Layer):
+class _Running(_Layer):
+    """A layer whose channels have running statistics."""
+
+    _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
+    _running_mean: Array | None
+    _running_var: Array | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        axis: int,
+        dtype: Any,
+        device: str,
+        **others: Array,
+    ) -> None:
+        kind = _dtype(dtype)
+        if momentum is not None and not isinstance(momentum, float | int | np.number):
+            raise TypeError(f"momentum must be a number or None, not {momentum!r}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.axis = axis
+        self.num_batches_tracked = 0
+        super().__init__(
+            device,
+            weight=np.ones(num_features, kind) if affine else None,
+            bias=np.zeros(num_features, kind) if affine else None,
+            running_mean=np.zeros(num_features, kind) if track_running_stats else None,
+            running_var=np.ones(num_features, kind) if track_running_stats else None,
+            **others,
+        )
+
+    def _assign(self, name: str, value: Any) -> None:
+        if name == "num_batches_tracked":
+            self.num_batches_tracked = int(value)
+        else:
+            super()._assign(name, value)
+
+    @property
+    def running_mean(self) -> Array | None:
+        return self._running_mean
+
+    @running_mean.setter
+    def running_mean(self, value: Any) -> None:
+        self._assign("running_mean", value)
+
+    @property
+    def running_var(self) -> Array | None:
+        return self._running_var
+
+    @running_var.setter
+    def running_var(self, value: Any) -> None:
+        self._assign("running_var", value)
+
+    def _weighing(self) -> tuple[float, int]:
+        """Momentum and the count of batches as the functions take them; for a cumulative average none and the count."""
+        return (0.0, self.num_batches_tracked) if self.momentum is None else (self.momentum, -1)
+
+    def _state(self) -> dict[str, Array | None]:
+        tracked = np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None
+        return {**super()._state(), "num_batches_tracked": tracked}
+
+
+class BatchNorm(_Running):
     """Batch normalization over every axis but one (Ioffe & Szegedy 2015), with PyTorch's conventions.
 
     ``y = act((x − mean)/√(variance + eps)·weight + bias + residual)``. A layer starts in training mode, where mean and
@@ -195,10 +264,6 @@ class BatchNorm(_Layer):
     threads may evaluate one layer at once; training from several needs the caller's lock.
     """
 
-    _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
-    _running_mean: Array | None
-    _running_var: Array | None
-
     def __init__(
         self,
         num_features: int,
@@ -213,49 +278,11 @@ class BatchNorm(_Layer):
         dtype: Any = "float32",
         device: str = "cpu",
     ) -> None:
-        kind = _dtype(dtype)
         functional._activation(activation)
         functional._check_ghosts(ghost_batch_size)
-        if momentum is not None and not isinstance(momentum, float | int | np.number):
-            raise TypeError(f"momentum must be a number or None, not {momentum!r}")
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.axis = axis
         self.activation = activation
         self.ghost_batch_size = ghost_batch_size
-        self.num_batches_tracked = 0
-        super().__init__(
-            device,
-            weight=np.ones(num_features, kind) if affine else None,
-            bias=np.zeros(num_features, kind) if affine else None,
-            running_mean=np.zeros(num_features, kind) if track_running_stats else None,
-            running_var=np.ones(num_features, kind) if track_running_stats else None,
-        )
-
-    def _assign(self, name: str, value: Any) -> None:
-        if name == "num_batches_tracked":
-            self.num_batches_tracked = int(value)
-        else:
-            super()._assign(name, value)
-
-    @property
-    def running_mean(self) -> Array | None:
-        return self._running_mean
-
-    @running_mean.setter
-    def running_mean(self, value: Any) -> None:
-        self._assign("running_mean", value)
-
-    @property
-    def running_var(self) -> Array | None:
-        return self._running_var
-
-    @running_var.setter
-    def running_var(self, value: Any) -> None:
-        self._assign("running_var", value)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, axis, dtype, device)
 
     def __call__(
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
@@ -264,9 +291,7 @@ class BatchNorm(_Layer):
         self._here(x)
         training, tracked = self.training, self.track_running_stats
         batch_statistics = training or not tracked
-        count, momentum = -1, self.momentum
-        if momentum is None:
-            count, momentum = self.num_batches_tracked, 0.0
+        momentum, counted = self._weighing()
         y, mean, rstd = functional._forward(
             x,
             functional._batch,
@@ -279,7 +304,7 @@ class BatchNorm(_Layer):
             self._running_var,
             batch_statistics,
             momentum,
-            count,
+            counted,
             residual,
             self.activation,
             mask,
@@ -332,15 +357,156 @@ class BatchNorm(_Layer):
                 shift = shift + self._bias.astype(np.float64)
         return scale, shift
 
-    def _state(self) -> dict[str, Array | None]:
-        tracked = np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None
-        return {**super()._state(), "num_batches_tracked": tracked}
-
     def __repr__(self) -> str:
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, axis={self.axis}, activation={self.activation!r}, "
             f"ghost_batch_size={self.ghost_batch_size})"
+        )
+
+
+class InstanceNorm(_Running):
+    """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016), each channel of each sample by itself:
+    ``y = (x − mean)/√(variance + eps)·weight + bias``, with PyTorch's conventions and defaults.
+
+    With running statistics, which take in the samples' average, these are used after :meth:`eval`; without, training
+    and evaluation are the same.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, axis, dtype, device
+        As in :class:`BatchNorm`.
+    affine : bool
+        Whether there are a weight (ones) and a bias (zeros).
+    track_running_stats : bool
+        Whether there are running statistics.
+
+    Attributes and what a call keeps are those of :class:`BatchNorm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        axis: int = 1,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, axis, dtype, device)
+
+    def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
+        """y for x of shape (N, C, *spatial) or with C at `axis`; raises as :func:`instance_norm_forward`."""
+        self._here(x)
+        own = self.training or not self.track_running_stats
+        y, mean, rstd = functional._forward(
+            x,
+            functional._instance,
+            (self.axis,),
+            self._weight,
+            self._bias,
+            self.eps,
+            out,
+            self._running_mean,
+            self._running_var,
+            own,
+            *self._weighing(),
+            mask=mask,
+            averaged=True,
+        )
+        if own and self.track_running_stats and y.size:
+            self.num_batches_tracked += 1
+        self._saved.call = (x, mean, rstd, own, mask)
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """dx; sets weight_grad and bias_grad. RuntimeError where there was no call since the last backward."""
+        x, mean, rstd, own, mask = self._take_saved()
+        dx, dweight, dbias = functional.instance_norm_backward(
+            dy, x, mean, rstd, self._weight, self._bias, use_input_stats=own, axis=self.axis, mask=mask, out=out
+        )
+        self._saved.call = None
+        if self.affine:
+            self.weight_grad, self.bias_grad = dweight, dbias
+        return dx
+
+    def __repr__(self) -> str:
+        return (
+            f"InstanceNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, axis={self.axis})"
+        )
+
+
+class GroupNorm(_Layer):
+    """Group normalization (Wu & He 2018): ``y = (x − mean)·rstd·weight + bias``, statistics over groups of channels.
+
+    Parameters
+    ----------
+    num_groups : int
+        Groups of ``num_channels / num_groups`` consecutive channels; each has statistics of its own, in each sample.
+    num_channels : int
+        C, the length of `axis`.
+    eps : float
+        Added to the variance.
+    affine : bool
+        Whether there are a weight (ones) and a bias (zeros) for each channel.
+    axis, dtype, device
+        As in :class:`BatchNorm`.
+
+    Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same. ValueError
+    where `num_channels` is not divisible by `num_groups`.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        axis: int = 1,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        kind = _dtype(dtype)
+        functional._check_groups(num_channels, num_groups)
+        self.num_groups = num_groups
+        self.num_channels = num_channels
+        self.eps = eps
+        self.affine = affine
+        self.axis = axis
+        super().__init__(
+            device,
+            weight=np.ones(num_channels, kind) if affine else None,
+            bias=np.zeros(num_channels, kind) if affine else None,
+        )
+
+    def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
+        """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`group_norm_forward`."""
+        self._here(x)
+        y, mean, rstd = functional.group_norm_forward(
+            x, self.num_groups, self._weight, self._bias, self.eps, axis=self.axis, mask=mask, out=out
+        )
+        self._saved.call = (x, mean, rstd, mask)
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """dx; sets weight_grad and bias_grad. RuntimeError where there was no call since the last backward."""
+        x, mean, rstd, mask = self._take_saved()
+        dx, dweight, dbias = functional.group_norm_backward(
+            dy, x, mean, rstd, self._weight, self._bias, axis=self.axis, mask=mask, out=out
+        )
+        self._saved.call = None
+        if self.affine:
+            self.weight_grad, self.bias_grad = dweight, dbias
+        return dx
+
+    def __repr__(self) -> str:
+        return (
+            f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, axis={self.axis})"
         )
 
 
