@@ -32,8 +32,11 @@ from fusednorm.functional import (
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_forward,
 )
-from fusednorm.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from fusednorm.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, WeightNorm
 from fusednorm.statistics import Moments
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "LayerNorm",
     "Moments",
     "RMSNorm",
+    "WeightNorm",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
@@ -65,6 +69,9 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_forward",
     "set_num_threads",
+    "weight_norm",
+    "weight_norm_backward",
+    "weight_norm_forward",
 ]
 
 

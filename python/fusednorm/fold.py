@@ -49,7 +49,8 @@ channels (a b and c d), each of four positions::
     └── group 0 ──┘  └── group 1 ──┘                      └0┘ └1┘  └0┘ └1┘  └0┘ └1┘  └0┘ └1┘
 
 Layer norm and RMS norm of M rows of D numbers are (M, 1, 1, D, 1): a row has one statistic, and each of its numbers a
-parameter of its own.
+parameter of its own. Weight norm of a tensor (A, O, B) that keeps its middle axis is batch norm's (1, A, O, B, B); with
+one length for all of it, (1, 1, 1, size, size).
 """
 
 from __future__ import annotations

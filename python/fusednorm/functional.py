@@ -9,10 +9,11 @@ batch, ghosts        each channel of B samples, the last part      (N/B, B, C, H
 instance             each channel of each sample                   (N, 1, C, HW, HW)          (N, C)
 group                each group of channels of each sample         (N, 1, G, C/G·HW, HW)      (N, G)
 layer, RMS           each line of the last axes                    (M, 1, 1, D, 1)            x's shape without these
+weight               each index of `dim`                           (1, A, O, B, B)            (O,)
 ===================  ============================================  =========================  ==========================
 
-The other memory layouts are in fold.py. RMS norm takes the mean as 0. So a norm is its layout function, which says the
-above of an array, and a signature; :func:`_forward` and :func:`_backward` are the same for all.
+The other memory layouts are in fold.py. RMS and weight norm take the mean as 0. So a norm is its layout function, which
+says the above of an array, and a signature; :func:`_forward` and :func:`_backward` are the same for all.
 
 Names, argument order and error words follow PyTorch's functional API; `axis`, the axis that is *kept*, comes from Keras
 and TensorFlow. Shapes: N samples, C channels.
@@ -144,6 +145,16 @@ def _lines(shape: _Shape, strides: _Shape, dtype: _DType, normalized: int | _Sha
     long = [a for a in order if a < len(kept)]
     as_lying = (*(a for a in range(len(kept)) if a not in long), *long)
     return Layout((Part(found),), kept, normalized, order=None if long == sorted(long) else as_lying)
+
+
+@lru_cache(maxsize=4096)
+def _weight(shape: _Shape, strides: _Shape, dtype: _DType, dim: int | None) -> Layout | None:
+    order = operands.order(shape, strides, dtype)
+    if order is None:
+        return None
+    size = math.prod(shape)
+    folded = fold.Fold(1, 1, 1, size, size) if dim is None else fold.batch(shape, order, dim)
+    return Layout((Part(folded),), (folded.groups,), (folded.groups,), dim or 0)
 
 
 def _shape_of(normalized_shape: int | Sequence[int]) -> _Shape:
@@ -745,6 +756,82 @@ def rms_norm_backward(
     """Gradients of :func:`rms_norm_forward`, dx and dweight; arguments as in :func:`layer_norm_backward`."""
     x, normalized = _normalized_by(x, rstd)
     return _backward(dy, x, _lines, (normalized,), None, rstd, weight, None, out)[:2]
+
+
+def weight_norm(v: Array, g: Array, dim: int | None = 0, *, out: Array | None = None) -> Array:
+    """Weight normalization as PyTorch's ``weight_norm``; see :func:`weight_norm_forward`."""
+    return weight_norm_forward(v, g, dim, out=out)[0]
+
+
+@arrays.on_its_device
+def weight_norm_forward(v: Array, g: Array, dim: int | None = 0, *, out: Array | None = None) -> tuple[Array, Array]:
+    """Weight normalization (Salimans & Kingma 2016): ``w = g·v/‖v‖``, of length g in the direction of v.
+
+    Parameters
+    ----------
+    v : any shape
+        float32, float64, float16 or bfloat16. Dense arrays of any axis order are read where they lie; others through a
+        copy.
+    g : shape of v with length 1 for every axis but `dim`; () where that is None
+        Any of the four dtypes, whatever v's.
+    dim : int or None
+        The axis that is kept: each of its indices has a length of its own. None: all of v has one. -1 is the last axis,
+        where PyTorch takes it for None.
+    out : like v, optional
+        Where w goes; it may be v itself. A backward needs the original v.
+
+    Returns
+    -------
+    w : like v
+        NaN where v is 0 and has no direction.
+    norm : float64, like g
+        ``√Σv²``, which the backward needs.
+
+    Raises
+    ------
+    ValueError
+        A g of another shape; an `out` that is read-only or shares memory with another array. AxisError for `dim`.
+    TypeError
+        Arrays of another kind, other dtypes.
+    """
+    dim, lengths, root = _lengths(v, g, dim)
+    w, _, rstd = _forward(v, _weight, (dim,), lengths, None, 0.0, out, center=False)
+    return w, (root / rstd).reshape(g.shape)
+
+
+@arrays.on_its_device
+def weight_norm_backward(
+    dw: Array, v: Array, g: Array, norm: Array, dim: int | None = 0, *, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Gradients of :func:`weight_norm_forward`: dv like v, dg like g.
+
+    dw is like v, its memory layout may differ. norm is the forward's. `out`, where dv goes, may be dw or v itself.
+    Raises as the forward.
+    """
+    dim, lengths, root = _lengths(v, g, dim)
+    norm = arrays.taken(norm, "norm")
+    if norm.shape != g.shape:
+        raise ValueError(f"norm must have shape {g.shape}, got {norm.shape}")
+    operands.floating("norm", norm.dtype)
+    with np.errstate(divide="ignore"):
+        rstd = root / norm.reshape(-1).astype(np.float64)
+    dv, dlengths, _, _ = _backward(dw, v, _weight, (dim,), None, rstd, lengths, None, out)
+    return dv, (dlengths / root).astype(g.dtype).reshape(g.shape)
+
+
+def _lengths(v: Array, g: Array, dim: int | None) -> tuple[int | None, Array, float]:
+    """`dim` from the first axis on, g/√n and √n: weight norm is RMS norm, ``w = (g/√n)·v/√(Σv²/n)``."""
+    v, g = arrays.taken(v, "v"), arrays.taken(g, "g")
+    operands.floating("v", v.dtype)
+    operands.floating("g", g.dtype)
+    if dim is not None and not -v.ndim <= dim < v.ndim:
+        raise np.exceptions.AxisError(dim, v.ndim)
+    dim = None if dim is None else dim % v.ndim
+    expected = () if dim is None else tuple(n if a == dim else 1 for a, n in enumerate(v.shape))
+    if g.shape != expected:
+        raise ValueError(f"g must have shape {expected}, got {g.shape}")
+    root = math.sqrt(max(v.size // max(g.size, 1), 1))
+    return dim, g.reshape(-1).astype(np.float64) / root, root
 
 
 @arrays.on_its_device

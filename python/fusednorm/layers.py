@@ -15,7 +15,7 @@ from fusednorm.functional import Activation
 
 _L = TypeVar("_L", bound="_Layer")
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "WeightNorm"]
 
 
 def _dtype(dtype: Any) -> np.dtype[Any]:
@@ -35,10 +35,16 @@ def _array(value: Any, name: str) -> Array:
     return arrays.taken(value, name) if arrays.is_of_a_gpu(value) else np.asarray(value)
 
 
+def _own(name: str) -> property:
+    """One of a layer's arrays; assigning copies into it."""
+    return property(lambda layer: getattr(layer, "_" + name), lambda layer, value: layer._assign(name, value))
+
+
 class _Layer:
     """Arrays under PyTorch's names on one device, and what a call saves for its backward."""
 
     _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    _gradients: ClassVar[tuple[str, ...]] = ("weight_grad", "bias_grad")
 
     weight_grad: Array | None
     bias_grad: Array | None
@@ -48,7 +54,8 @@ class _Layer:
     def __init__(self, device: str, **initial: Array | None) -> None:
         self.device = "cpu"
         self.training = True
-        self.weight_grad = self.bias_grad = None
+        for name in self._gradients:
+            setattr(self, name, None)
         for name in self._arrays:
             setattr(self, "_" + name, initial[name])
         self._saved = threading.local()
@@ -65,21 +72,8 @@ class _Layer:
         with arrays.on(self.device):
             own[...] = value
 
-    @property
-    def weight(self) -> Array | None:
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self._assign("weight", value)
-
-    @property
-    def bias(self) -> Array | None:
-        return self._bias
-
-    @bias.setter
-    def bias(self, value: Any) -> None:
-        self._assign("bias", value)
+    weight = _own("weight")
+    bias = _own("bias")
 
     def _here(self, x: Array) -> None:
         """TypeError where x is not on the layer's device."""
@@ -106,7 +100,7 @@ class _Layer:
         the layer keeps using the arrays of before.
         """
         device = arrays.checked_device(device)
-        names = (*("_" + name for name in self._arrays), "weight_grad", "bias_grad")
+        names = (*("_" + name for name in self._arrays), *self._gradients)
         there = {name: getattr(self, name) for name in names}
         there = {name: None if a is None else arrays.moved(a, device) for name, a in there.items()}
         self.__dict__.update(there, device=device)
@@ -195,21 +189,8 @@ class _Running(_Layer):
         else:
             super()._assign(name, value)
 
-    @property
-    def running_mean(self) -> Array | None:
-        return self._running_mean
-
-    @running_mean.setter
-    def running_mean(self, value: Any) -> None:
-        self._assign("running_mean", value)
-
-    @property
-    def running_var(self) -> Array | None:
-        return self._running_var
-
-    @running_var.setter
-    def running_var(self, value: Any) -> None:
-        self._assign("running_var", value)
+    running_mean = _own("running_mean")
+    running_var = _own("running_var")
 
     def _weighing(self) -> tuple[float, int]:
         """Momentum and the count of batches as the functions take them; for a cumulative average none and the count."""
@@ -612,3 +593,75 @@ class RMSNorm(_Layer):
 
     def __repr__(self) -> str:
         return f"RMSNorm({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine})"
+
+
+class WeightNorm(_Layer):
+    """Weight normalization (Salimans & Kingma 2016): a weight as its length g and its direction v, ``w = g·v/‖v‖``.
+
+    It depends on no data: unlike the other norms it is the same for every batch, and in inference it is computed once,
+    by :meth:`fold`. In training, call the layer once a step, use what it returns as the weight of a linear layer or a
+    convolution, and give :meth:`backward` the gradient of that weight.
+
+    Parameters
+    ----------
+    weight : array
+        The weight to begin with: v is a copy of it and g its norms, as PyTorch initializes them, so that ``w = weight``.
+    dim : int or None
+        The axis whose indices have a length of their own, that of the output features; None: one length for all.
+    dtype : dtype of v and g; None: the weight's
+    device : "cpu", "cuda", "cuda:0", …
+        Where the layer's arrays are, as in :class:`BatchNorm`.
+
+    Attributes
+    ----------
+    weight_g : (1, …, O, …, 1) array, O on axis `dim`; () where that is None
+    weight_v : array like the weight
+        Optimizers write into them in place; assigning copies into them. The names are those of
+        ``torch.nn.utils.weight_norm``; PyTorch's parametrization calls them original0 and original1.
+    weight_g_grad, weight_v_grad : arrays or None
+        Set by :meth:`backward`, in the parameter's dtype.
+    """
+
+    _arrays: ClassVar[tuple[str, ...]] = ("weight_g", "weight_v")
+    _gradients: ClassVar[tuple[str, ...]] = ("weight_g_grad", "weight_v_grad")
+    weight_g = _own("weight_g")
+    weight_v = _own("weight_v")
+    weight_g_grad: Array | None
+    weight_v_grad: Array | None
+    _weight_g: Array
+    _weight_v: Array
+
+    def __init__(self, weight: Array, dim: int | None = 0, *, dtype: Any = None, device: str = "cpu") -> None:
+        v = arrays.taken(weight, "weight")
+        kind = _dtype(v.dtype if dtype is None else dtype)
+        v = np.array(arrays.moved(v, "cpu"), kind, order="C")
+        if dim is not None and not -v.ndim <= dim < v.ndim:
+            raise np.exceptions.AxisError(dim, v.ndim)
+        shape = [n if dim is not None and a == dim % v.ndim else 1 for a, n in enumerate(v.shape)]
+        norm = functional.weight_norm_forward(v, np.ones(shape if dim is not None else (), kind), dim)[1]
+        self.dim = dim
+        super().__init__(device, weight_g=norm.astype(kind), weight_v=v)
+
+    def __call__(self, *, out: Array | None = None) -> Array:
+        """The weight; raises as :func:`weight_norm_forward`."""
+        w, norm = functional.weight_norm_forward(self._weight_v, self._weight_g, self.dim, out=out)
+        self._saved.call = norm
+        return w
+
+    def backward(self, dw: Array) -> None:
+        """Sets weight_g_grad and weight_v_grad. RuntimeError where there was no call since the last backward.
+
+        v and g must be as they were in the call: take the optimizer's step afterwards.
+        """
+        norm = self._take_saved()
+        self._here(dw)
+        dv, dg = functional.weight_norm_backward(dw, self._weight_v, self._weight_g, norm, self.dim)
+        self._saved.call = None
+        self.weight_v_grad, self.weight_g_grad = dv, dg
+
+    def fold(self) -> Array:
+        """The weight as a plain array, for inference without the layer."""
+        return functional.weight_norm(self._weight_v, self._weight_g, self.dim)
+
+    def __repr__(self) -> str:
+        return f"WeightNorm({self._weight_v.shape}, dim={self.dim})"
