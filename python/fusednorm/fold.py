@@ -103,6 +103,8 @@ def group(shape: Sequence[int], order: Sequence[int], axis: int, groups: int) ->
     at = rest.index(axis) if axis in rest else 0
     outer = math.prod(shape[a] for a in rest[:at])
     span = math.prod(shape[a] for a in rest[at:] if a != axis)
+    if span == 0:  # which would not tell how many channels there are
+        outer, span = 0, 1
     return Fold(shape[samples], outer, groups, shape[axis] // groups * span, span)
 
 

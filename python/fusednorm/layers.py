@@ -605,7 +605,7 @@ class WeightNorm(_Layer):
     Parameters
     ----------
     weight : array
-        The weight to begin with: v is a copy of it and g its norms, as PyTorch initializes them, so that ``w = weight``.
+        The weight to begin with: v is a copy of it and g its norms, as in PyTorch, so that ``w = weight``.
     dim : int or None
         The axis whose indices have a length of their own, that of the output features; None: one length for all.
     dtype : dtype of v and g; None: the weight's
