@@ -111,7 +111,7 @@ def cuda(session: nox.Session) -> None:
 @nox.session
 def asan(session: nox.Session) -> None:
     """Memory errors and undefined behaviour (gcc): the verbs from C++, then the extension within Python."""
-    # As the kernels of the extension: CMakeLists.txt.
+    # What is left out is checked in the extension; here it would take longer to compile, as checks in line would.
     flags = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=all",
              "--param=asan-instrumentation-with-call-threshold=0"]  # fmt: skip
     options = {"ASAN_OPTIONS": "detect_leaks=0"}
