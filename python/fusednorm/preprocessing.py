@@ -44,8 +44,7 @@ def _floats(X: Any) -> Array:
     x = arrays.taken(X, "X") if isinstance(X, np.ndarray) or arrays.is_of_a_gpu(X) else np.asarray(X)
     if x.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: X has dtype {x.dtype}")
-    if not arrays.is_floating(x.dtype):
-        x = x.astype(_FLOAT64)
+    x = x.astype(x.dtype.newbyteorder("=") if arrays.is_floating(x.dtype) else _FLOAT64, copy=False)
     if x.ndim < 2:
         raise ValueError(
             f"Expected 2D array, got {x.ndim}D array instead. Reshape your data either using array.reshape(-1, 1) if "
@@ -111,11 +110,17 @@ def _moments(x: Array) -> Moments:
     n, *found, _ = functional._moments(x, 0)
     mean, m2 = (arrays.moved(a[0], "cpu") for a in found)
     count = np.full(mean.shape, n)
-    again = np.flatnonzero(~(np.isfinite(mean) & ~np.isnan(m2)))
+    again = np.flatnonzero(~np.isfinite(mean) | np.isnan(m2) | _underflown(x.dtype, n, mean, m2))
     if again.size:
         numbers = _moments_without_nan(x[:, again])
         count[again], mean[again], m2[again] = numbers.count, numbers.mean, numbers.m2
     return Moments(count, mean, m2)
+
+
+def _underflown(dtype: np.dtype[Any], n: float, mean: Array, m2: Array) -> Array | bool:
+    """Where all squares of deviations may have been too small for float32, in which the kernels then find no variance.
+    A mean above 1e-10 has neighbours no nearer than 1e-18."""
+    return dtype.name in ("float32", "bfloat16") and (m2 <= n * 1e-38) & (np.abs(mean) < 1e-10)
 
 
 def _moments_without_nan(x: Array) -> Moments:
@@ -282,8 +287,8 @@ class Standardizer(_Transformer):
     variance is divided by n, as StandardScaler's.
 
     NaN are missing values: left out by `fit`, kept by `transform`. The plain kernels run first, and only features whose
-    mean comes out as NaN are done again without their NaN. Infinities are a ValueError. A feature that is constant, by
-    StandardScaler's rule, has the scale 1.
+    mean comes out as NaN are done again, slower, without their NaN. Infinities are a ValueError. A feature that is
+    constant, by StandardScaler's rule, has the scale 1.
 
     X are arrays of shape (samples, features), NumPy's or CuPy's, of float32, float64, float16 or bfloat16, whose dtype
     is kept; or anything else that NumPy makes a table of numbers of, in float64. `transform` reads float arrays where
@@ -356,9 +361,11 @@ class Standardizer(_Transformer):
         self.n_samples_seen_ = int(n[0]) if np.all(n == n[0]) else n.astype(np.int64)
         self.mean_ = mean if self.with_mean or self.with_std else None
         self.var_ = var if self.with_std else None
-        # What rounding alone makes of a constant feature's variance (Chan, Golub & LeVeque 1983), as StandardScaler.
-        constant = var <= n * _EPS * var + (n * _EPS * mean) ** 2
-        self.scale_ = np.where(constant, 1.0, np.sqrt(var)) if self.with_std else None
+        # What rounding alone makes of a constant feature's variance (Chan, Golub & LeVeque 1983), as StandardScaler:
+        # var ≤ n·ε·var + (n·ε·mean)².
+        std = np.sqrt(var)
+        constant = std * np.sqrt(np.maximum(1 - n * _EPS, 0)) <= n * _EPS * np.abs(mean)
+        self.scale_ = np.where(constant, 1.0, std) if self.with_std else None
 
     def transform(self, X: Any, copy: bool | None = None) -> Array:
         """(X − mean_) / scale_, in X's dtype. NotFittedError before any sample was seen."""
@@ -394,22 +401,28 @@ class Standardizer(_Transformer):
 
 
 @arrays.on_its_device
-def _scatter(x: Array, mean: Array) -> Array:
-    """Σ(x − mean)(x − mean)ᵀ, in float64."""
+def _scatter(x: Array, near: Array) -> tuple[Array, Array]:
+    """The mean, and Σ(x − mean)(x − mean)ᵀ, in float64; `near` is the mean as the kernels have it, with the digits of
+    their arithmetic."""
     xp = arrays.namespace(x)
-    mean = arrays.moved(mean, arrays.device(x))
-    total = xp.zeros((x.shape[1], x.shape[1]))
+    center = arrays.moved(near, arrays.device(x))
+    total, left = xp.zeros((x.shape[1], x.shape[1])), xp.zeros(x.shape[1])
     for rows in _rows(x):
-        deviations = x[rows].astype(_FLOAT64) - mean
+        deviations = x[rows].astype(_FLOAT64) - center
         total += deviations.T @ deviations
-    return arrays.moved(total, "cpu")
+        left += deviations.sum(0)
+    total, left = arrays.moved(total, "cpu"), arrays.moved(left, "cpu")
+    if not np.isfinite(total).all():
+        raise ValueError("the covariance of X is beyond float64's range: scale X")
+    n = max(len(x), 1)
+    return near + left / n, total - np.outer(left, left / n)
 
 
 @arrays.on_its_device
 def _linear(x: Array, before: Array, matrix: Array, after: Array) -> Array:
     """(x − before) @ matrix + after, in float64, rounded to x's dtype."""
     before, matrix, after = (arrays.moved(a, arrays.device(x)) for a in (before, matrix, after))
-    y = arrays.empty((len(x), matrix.shape[1]), x.dtype.newbyteorder("="), beside=x)
+    y = arrays.empty((len(x), matrix.shape[1]), x.dtype, beside=x)
     for rows in _rows(x):
         y[rows] = (x[rows].astype(_FLOAT64) - before) @ matrix + after
     return y
@@ -518,13 +531,11 @@ class Whitener(_Transformer):
         moments = _moments(x)
         if not np.all(moments.count == len(x)):
             raise ValueError("Input X contains NaN.")
-        scatter = _scatter(x, moments.mean)
-        if not np.isfinite(scatter).all():
-            raise ValueError("the covariance of X is beyond float64's range: scale X")
+        mean, scatter = _scatter(x, moments.mean)
         u = 2.0**-8 if x.dtype.name == "bfloat16" else float(np.finfo(x.dtype).eps) / 2
         rounding = u**2 * (moments.m2 + moments.count * moments.mean**2)
         self._remember(x.shape[1], names)
-        self._merge(len(x), moments.mean, scatter, rounding, x)
+        self._merge(len(x), mean, scatter, rounding, x)
 
     def merge(self, other: Whitener) -> Whitener:
         """Take in all that `other` has seen, as one fit on both would. ValueError where the features differ."""
