@@ -15,7 +15,8 @@ from fusednorm import _C, fold, reference
 from fusednorm.testing import cases
 from support import DTYPES, Array, assert_same_bits, normal, numpy_dtype
 
-# Fold(batch, outer, groups, inner, span) of batch norm in both layouts and of ghost batches.
+# Fold(batch, outer, groups, inner, span) of batch norm in both layouts, of ghost batches and of statistics over several
+# channels.
 FOLDS = {
     "rows": (1, 6, 5, 49, 49),
     "rows, long": (1, 2, 3, 2051, 2051),
@@ -26,6 +27,24 @@ FOLDS = {
     "ghost rows": (3, 4, 5, 31, 31),
     "ghost columns": (3, 50, 6, 1, 1),
     "instance rows": (4, 1, 6, 65, 65),
+    "instance columns": (5, 49, 37, 1, 1),
+    "group rows": (3, 1, 4, 6 * 49, 49),
+    "group rows, long": (2, 1, 2, 3 * 2051, 2051),
+    "group rows, one": (1, 1, 1, 70 * 33, 33),
+    "group rows, outer": (2, 5, 3, 4 * 7, 7),
+    "group columns": (3, 65, 4, 5, 1),
+    "group columns, wide": (2, 9, 2, 550, 1),
+    "group columns, one": (2, 130, 1, 6, 1),
+    "lines": (9, 1, 1, 37, 1),
+    "group lines": (7, 1, 3, 21, 1),
+}
+# Large enough for several threads and for runs that are written together with their neighbours.
+LARGE = {
+    "group rows": (8, 1, 16, 8 * 196, 196),
+    "group rows, one": (16, 1, 1, 300 * 81, 81),
+    "group rows, split": (1, 1, 2, 50 * 3000, 3000),
+    "group columns": (8, 784, 8, 12, 1),
+    "instance columns": (8, 1568, 24, 1, 1),
 }
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "sigmoid": 4, "tanh": 5}
 
@@ -45,11 +64,16 @@ def per_statistic(a: Array, shape: tuple[int, ...]) -> Array:
 
 
 def per_channel(a: Array | None, shape: tuple[int, ...], absent: float) -> Any:
-    return absent if a is None else a.astype(np.float64).reshape(1, 1, shape[2], 1)
+    return absent if a is None else np.repeat(a.astype(np.float64), shape[4]).reshape(1, 1, shape[2], shape[3])
 
 
 def sums(a: Array) -> Array:
+    """Per statistic."""
     return a.sum(axis=(1, 3)).ravel()
+
+
+def channel_sums(a: Array, shape: tuple[int, ...]) -> Array:
+    return a.sum(axis=(0, 1)).reshape(-1, shape[4]).sum(axis=1)
 
 
 class Drawn:
@@ -64,8 +88,8 @@ class Drawn:
         )
         self.mean = 3 + 0.1 * rng.standard_normal(self.fold.statistics)
         self.rstd = rng.uniform(0.5, 2, self.fold.statistics)
-        self.weight = rng.standard_normal(shape[2]).astype(np.float32)
-        self.bias = rng.standard_normal(shape[2]).astype(np.float32)
+        self.weight = rng.standard_normal(self.fold.channels).astype(np.float32)
+        self.bias = rng.standard_normal(self.fold.channels).astype(np.float32)
         self.xhat = (apart(self.x, shape) - per_statistic(self.mean, shape)) * per_statistic(self.rstd, shape)
         self.pre = (
             self.xhat * per_channel(self.weight, shape, 1)
@@ -178,8 +202,8 @@ def test_grad_sums(shape: Any, dtype: str, activation: Any, isa: str) -> None:
     kind = "float64" if dtype == "float64" else "float32"
     close(s1, sums(w * u), sums(np.abs(w) * size), kind)
     close(s2, sums(w * u * drawn.xhat), sums(np.abs(w * drawn.xhat) * size), kind)
-    close(dweight, (u * drawn.xhat).sum(axis=(0, 1, 3)), (size * np.abs(drawn.xhat)).sum(axis=(0, 1, 3)), kind)
-    close(dbias, u.sum(axis=(0, 1, 3)), size.sum(axis=(0, 1, 3)), kind)
+    close(dweight, channel_sums(u * drawn.xhat, shape), channel_sums(size * np.abs(drawn.xhat), shape), kind)
+    close(dbias, channel_sums(u, shape), channel_sums(size, shape), kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -208,29 +232,34 @@ def test_grad_input(shape: Any, dtype: str, activation: Any, given: str, isa: st
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("training", "averaged"), [(True, False), (True, True), (False, False)])
 def test_forward_and_backward_are_the_verbs_one_after_the_other(
-    shape: Any, dtype: str, training: bool, isa: str
+    shape: Any, dtype: str, training: bool, averaged: bool, isa: str
 ) -> None:
     drawn = Drawn(shape, dtype)
     f, s, c = drawn.fold, drawn.fold.statistics, drawn.fold.channels
-    running_mean, running_var = np.linspace(2, 4, c), np.linspace(0.5, 2, c)
-    old_mean, old_var = running_mean.copy(), running_var.copy()
+    tracked = c == shape[2]
+    if not tracked and (averaged or not training):
+        pytest.skip("running statistics go with one channel for each group")
+    old_mean, old_var = np.linspace(2, 4, c), np.linspace(0.5, 2, c)
+    running_mean, running_var = (old_mean.copy(), old_var.copy()) if tracked else (None, None)
     y, mean, rstd = np.full_like(drawn.x, np.nan), np.empty(s), np.empty(s)
     _C.forward(
         f, drawn.x, drawn.weight, drawn.bias, running_mean, running_var, drawn.residual, None, y, mean, rstd,
-        training, 0.25, -1, 1e-3, 1, 0.0,
+        training, 0.25, -1, averaged, 1e-3, 1, 0.0,
     )  # fmt: skip
     x, n = apart(drawn.x, shape), shape[1] * shape[3]
     if training:
         var = x.var(axis=(1, 3))
+    if training and tracked:
         want_mean, want_var = old_mean, old_var
-        for b in range(shape[0]):
-            want_mean = 0.75 * want_mean + 0.25 * x.mean(axis=(1, 3))[b]
-            want_var = 0.75 * want_var + 0.25 * var[b] * n / (n - 1)
+        entries = [slice(None)] if averaged else [slice(b, b + 1) for b in range(shape[0])]
+        for b in entries:
+            want_mean = 0.75 * want_mean + 0.25 * x.mean(axis=(1, 3))[b].mean(axis=0)
+            want_var = 0.75 * want_var + 0.25 * var[b].mean(axis=0) * n / (n - 1)
         np.testing.assert_allclose(running_mean, want_mean, rtol=2e-6)
         np.testing.assert_allclose(running_var, want_var, rtol=2e-6)
-    else:
+    if not training:
         var = np.broadcast_to(old_var, (shape[0], c))
         assert_same_bits(running_mean, old_mean)
         assert_same_bits(running_var, old_var)
@@ -261,6 +290,46 @@ def test_forward_and_backward_are_the_verbs_one_after_the_other(
     assert_same_bits(dresidual, dresidual2)
     scale = np.max(per_statistic(rstd, shape) * np.abs(per_channel(drawn.weight, shape, 1))) * np.abs(x).max()
     close(dx, dx2.astype(np.float64), scale, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE.keys())
+def test_large_folds(shape: Any, dtype: str, masked: bool, isa: str, threads: None) -> None:
+    """Forward and backward as sums in NumPy, the same bits on any number of threads."""
+    drawn = Drawn(shape, dtype)
+    f, s, c = drawn.fold, drawn.fold.statistics, drawn.fold.channels
+    batch, outer, _, inner, span = shape
+    mask = np.random.default_rng(7).random((batch, outer, span)) < (0.7 if masked else 2)
+    counts = np.tile(mask[:, :, None, None, :], (1, 1, shape[2], inner // span, 1)).reshape(shape[:4])
+    results = []
+    for n in (1, 3):
+        fn.set_num_threads(n)
+        y, dx, mean, rstd = np.full_like(drawn.x, np.nan), np.full_like(drawn.x, np.nan), np.empty(s), np.empty(s)
+        dweight, dbias = np.empty(c), np.empty(c)
+        parameters, given = (drawn.weight, drawn.bias), mask.ravel() if masked else None
+        _C.forward(f, drawn.x, *parameters, None, None, None, given, y, mean, rstd, True, 0.0, -1, False, 1e-3, 0, 0.0)
+        _C.backward(f, drawn.dy, drawn.x, mean, rstd, *parameters, None, given, False, 0, 0.0, dx, None, dweight, dbias)
+        results.append((y, mean, rstd, dx, dweight, dbias))
+    for one, other in zip(*results, strict=True):
+        assert_same_bits(one, other)
+
+    x, kind = apart(drawn.x, shape), "float32"
+    total = per_statistic(sums(counts.astype(float)), shape)
+    want_mean = per_statistic(sums(np.where(counts, x, 0)), shape) / total
+    var = per_statistic(sums(np.where(counts, (x - want_mean) ** 2, 0)), shape) / total
+    # As in test_moments, and half of M2's for rstd.
+    close(mean, want_mean.ravel(), np.sqrt(var.ravel()), kind)
+    np.testing.assert_allclose(rstd, (var.ravel() + 1e-3) ** -0.5, rtol=2e-6)
+    xhat, w = (x - want_mean) / np.sqrt(var + 1e-3), per_channel(drawn.weight, shape, 1)
+    pre = xhat * w + per_channel(drawn.bias, shape, 0)
+    close(y, pre, np.abs(xhat * w).max() + np.abs(drawn.bias).max(), dtype)
+    dy = apart(drawn.dy, shape)
+    close(dweight, channel_sums(dy * xhat, shape), channel_sums(np.abs(dy * xhat), shape), kind)
+    close(dbias, channel_sums(dy, shape), channel_sums(np.abs(dy), shape), kind)
+    s1, s2 = per_statistic(sums(w * dy), shape), per_statistic(sums(w * dy * xhat), shape)
+    scale = (np.abs(w) / np.sqrt(var + 1e-3)).max() * np.abs(dy).max()
+    close(dx, (w * dy - np.where(counts, (s1 + xhat * s2) / total, 0)) / np.sqrt(var + 1e-3), scale, dtype)
 
 
 def test_the_mask_of_relu_is_the_forward_one(isa: str) -> None:
@@ -542,7 +611,7 @@ def test_the_verbs_of_lines_one_after_the_other(dtype: str, centered: bool, isa:
     x, dy = (normal((13, 2, 37), dtype, seed) + seed for seed in (0, 1))
     weight, bias = normal((74,), "float32", 2), normal((74,), "float32", 3)
     y, mean, rstd = np.full_like(x, np.nan), np.empty(26) if centered else None, np.empty(26)
-    _C.forward(f, x, weight, bias, None, None, None, None, y, mean, rstd, True, 0.0, -1, 1e-3, 0, 0.0)
+    _C.forward(f, x, weight, bias, None, None, None, None, y, mean, rstd, True, 0.0, -1, False, 1e-3, 0, 0.0)
     count, own_mean, m2 = np.empty(26), np.empty(26), np.empty(26)
     _C.moments(f, x, None, centered, count, own_mean, m2)
     np.testing.assert_array_equal(count, 37)
@@ -583,7 +652,7 @@ def test_no_mean_is_a_mean_of_0(fold_: tuple[int, ...], isa: str) -> None:
     x, dy = normal((f.size,)) + 1, normal((f.size,), seed=1)
     weight, bias, zeros, rstd = normal((c,), seed=2), normal((c,), seed=3), np.zeros(s), np.empty(s)
     y, other = np.full_like(x, np.nan), np.full_like(x, np.nan)
-    _C.forward(f, x, weight, bias, None, None, None, None, y, None, rstd, True, 0.0, -1, 1e-3, 0, 0.0)
+    _C.forward(f, x, weight, bias, None, None, None, None, y, None, rstd, True, 0.0, -1, False, 1e-3, 0, 0.0)
     squares = (x.astype(np.float64) ** 2).reshape(fold_[:4]).sum(axis=(1, 3)).ravel()
     np.testing.assert_allclose(rstd, (squares / n + 1e-3) ** -0.5, rtol=1e-6)
     for mean in (None, zeros):
@@ -608,7 +677,7 @@ def test_what_is_needed_must_be_given() -> None:
     for call, name in (
         (lambda: _C.moments(f, x, None, True, s, s, None), "m2"),
         (lambda: _C.normalize(lines, x, None, None, None, None, None, 0, 0.0, x.copy()), "rstd"),
-        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), s, None, True, 0.1, -1, 1e-5, 0, 0.0), "rstd"),
+        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), s, None, True, 0.1, -1, False, 1e-5, 0, 0.0), "rstd"),
         (lambda: _C.backward(f, x, x, s, None, *[None] * 4, False, 0, 0.0, x.copy(), None, c, c.copy()), "rstd"),
         (lambda: _C.backward(f, x, x, s, s, *[None] * 4, False, 0, 0.0, x.copy(), None, None, c), "dweight"),
         (lambda: _C.grad_sums(f, x, x, s, s, None, None, None, 0, 0.0, None, s, c, c.copy()), "s1"),
@@ -616,11 +685,3 @@ def test_what_is_needed_must_be_given() -> None:
     ):
         with pytest.raises(ValueError, match=f"{name}.* must be given"):
             call()
-
-
-def test_lines_take_neither_masks_nor_epilogues() -> None:
-    x, s, mask = normal((4, 3)), np.ones(4), np.ones(4, bool)
-    f, rest = _C.Fold(4, 1, 1, 3, 1), (True, 0.1, -1, 1e-5)
-    for residual, counted, activation in ((x, None, 0), (None, mask, 0), (None, None, 1)):
-        with pytest.raises(ValueError, match="lines with a mask or an epilogue"):
-            _C.forward(f, x, *[None] * 4, residual, counted, x.copy(), s, s.copy(), *rest, activation, 0.0)

@@ -205,13 +205,11 @@ EpilogueArgs epilogue(int activation, double slope, const Array& residual) {
   return {Activation(activation), slope, residual};
 }
 
-// The folds whose loops exist. Lines have neither masks nor epilogues.
-void expect_loops(const Fold& f, const Array& x, py::handle mask = py::none(), py::handle residual = py::none(),
-                  int activation = 0) {
-  expect(f.is_columns() || f.is_rows() || f.is_lines(), "no kernel takes a fold whose channels change along inner");
-  if (f.is_rows() || f.is_columns()) return;
-  expect(mask.is_none() && residual.is_none() && activation == 0, "no kernel takes lines with a mask or an epilogue");
-  if (x.device != kCpu) type_error("x is on " + shown_device(x.device) + ", and lines are folds of the CPU only");
+// The folds whose loops exist.
+void expect_loops(const Fold& f, const Array& x) {
+  expect(f.span == 0 || f.inner % f.span == 0, "no kernel takes a fold whose statistics share a channel");
+  if (x.device != kCpu && f.share() != 1)
+    type_error("x is on " + shown_device(x.device) + ", and statistics of several channels are the CPU's only");
 }
 
 // The backend of x's device, and what its verbs need besides their arguments: `stream`, a cudaStream_t, and `scratch`,
@@ -244,7 +242,7 @@ void call(const Array& x, Verb Backend::* verb, const Args& args) {
 void moments(const Fold& f, py::handle x, py::handle mask, bool center, py::handle count, py::handle mean,
              py::handle m2, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in, mask);
+  expect_loops(f, in);
   const int64_t s = f.statistics();
   call(in, &Backend::moments,
        MomentsArgs{f, in, mask_of(mask, f, in), center, statistics(count, "count", s, true, in),
@@ -268,7 +266,7 @@ void merge(int64_t before, int64_t axis, int64_t after, py::handle count, py::ha
 void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py::handle weight, py::handle bias,
                py::handle residual, int activation, double slope, py::handle y, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in, py::none(), residual, activation);
+  expect_loops(f, in);
   const Vector w(weight, "weight", f.channels(), in), b(bias, "bias", f.channels(), in);
   const int64_t s = f.statistics();
   call(in, &Backend::normalize,
@@ -280,10 +278,10 @@ void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py
 
 void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py::handle running_mean,
              py::handle running_var, py::handle residual, py::handle mask, py::handle y, py::handle mean,
-             py::handle rstd, bool training, double momentum, int64_t counted, double eps, int activation, double slope,
-             uintptr_t stream, py::handle scratch) {
+             py::handle rstd, bool training, double momentum, int64_t counted, bool averaged, double eps,
+             int activation, double slope, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in, mask, residual, activation);
+  expect_loops(f, in);
   const int64_t c = f.channels(), s = f.statistics();
   expect(c == f.groups || running_mean.is_none(), "running statistics go with one channel per group");
   const Vector rm(running_mean, "running_mean", c, in, training), rv(running_var, "running_var", c, in, training);
@@ -301,10 +299,10 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
   }
   double *m = statistics(mean, "mean", s, true, in, in.device != kCpu), *r = statistics(rstd, "rstd", s, true, in);
   call(in, &Backend::forward,
-       ForwardArgs{f, in, w.array(), b.array(),
-                   epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-                   mask_of(mask, f, in), eps, training, RunningArgs{rm.array(), rv.array(), momentum, counted}, m, r,
-                   tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
+       ForwardArgs{
+           f, in, w.array(), b.array(), epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
+           mask_of(mask, f, in), eps, training, RunningArgs{rm.array(), rv.array(), momentum, counted, averaged}, m, r,
+           tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
   if (training) {
     rm.write_back();
     rv.write_back();
@@ -316,7 +314,7 @@ void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::h
               py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, uintptr_t stream,
               py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in, mask, residual, activation);
+  expect_loops(f, in);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
@@ -337,7 +335,7 @@ void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::
                py::handle bias, py::handle residual, int activation, double slope, py::handle s1, py::handle s2,
                py::handle dweight, py::handle dbias, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in, py::none(), residual, activation);
+  expect_loops(f, in);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
@@ -356,7 +354,7 @@ void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py:
                 py::handle bias, py::handle residual, int activation, double slope, py::handle cx, py::handle c0,
                 py::handle mask, py::handle dx, py::handle dresidual, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in, mask, residual, activation);
+  expect_loops(f, in);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   call(in, &Backend::grad_input,
@@ -468,7 +466,8 @@ PYBIND11_MODULE(_C, m) {
         arg("residual"), arg("activation"), arg("slope"), arg("y"), arg("stream") = 0, arg("scratch") = py::none());
   m.def("forward", &forward, arg("fold"), arg("x"), arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"),
         arg("residual"), arg("mask"), arg("y"), arg("mean"), arg("rstd"), arg("training"), arg("momentum"),
-        arg("counted"), arg("eps"), arg("activation"), arg("slope"), arg("stream") = 0, arg("scratch") = py::none());
+        arg("counted"), arg("averaged"), arg("eps"), arg("activation"), arg("slope"), arg("stream") = 0,
+        arg("scratch") = py::none());
   m.def("backward", &backward, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
         arg("residual"), arg("mask"), arg("constant"), arg("activation"), arg("slope"), arg("dx"), arg("dresidual"),
         arg("dweight"), arg("dbias"), arg("stream") = 0, arg("scratch") = py::none());

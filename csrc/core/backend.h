@@ -11,6 +11,7 @@
 #include "core/array.h"
 #include "core/epilogue.h"
 #include "core/fold.h"
+#include "core/moments.h"
 
 namespace fusednorm {
 
@@ -29,12 +30,37 @@ struct EpilogueArgs {
   Array residual;
 };
 
-// Running statistics [C], changed in place once for each of the fold's batch entries, in turn.
+// Running statistics [C], changed in place.
 struct RunningArgs {
   Array mean, var;
-  double momentum = 0;  // weight of the new value
-  int64_t counted =
-      -1;  // ≥ 0: batches seen so far; the k-th new value then weighs 1/(counted + k), a cumulative average
+  double momentum = 0;    // weight of the new value
+  int64_t counted = -1;   // ≥ 0: new values so far; the k-th further one weighs 1/(counted + k), a cumulative average
+  bool averaged = false;  // the batch entries' average is the new value (instance norm), not each in turn (ghosts)
+
+  FN_INLINE double weight(int64_t entry) const { return counted < 0 ? momentum : 1.0 / double(counted + entry + 1); }
+  // New running value: old + weight·(new − old), rounded to its type.
+  FN_INLINE void update(int64_t c, double weight, double new_mean, double new_var) const {
+    mean.set(c, (1 - weight) * mean.get(c) + weight * new_mean);
+    var.set(c, (1 - weight) * var.get(c) + weight * new_var);
+  }
+  // By the moments `of(b)` of channel c's batch entries. Those that a mask leaves fewer than two numbers say nothing.
+  template <class Of>
+  FN_INLINE void update_by_entries(int64_t c, int64_t entries, Of&& of) const {
+    double means = 0, variances = 0;
+    int64_t some = 0;
+    for (int64_t b = 0; b < entries; ++b) {
+      const Moments m = of(b);
+      if (m.n < 2) continue;
+      if (!averaged) {
+        update(c, weight(b), m.mean, m.m2 / (m.n - 1));
+        continue;
+      }
+      means += m.mean;
+      variances += m.m2 / (m.n - 1);
+      ++some;
+    }
+    if (some > 0) update(c, weight(0), means / double(some), variances / double(some));
+  }
 };
 
 struct MomentsArgs {

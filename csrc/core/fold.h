@@ -26,11 +26,13 @@ struct Fold {
   FN_INLINE int64_t per_statistic() const { return outer * inner; }
   FN_INLINE int64_t channels() const { return span > 0 ? groups * inner / span : groups; }
 
-  // Shapes of memory. Rows: each run of `inner` elements has one statistic and one channel. Columns: neighbours in memory
-  // belong to different statistics and channels. Lines: each run has one statistic, and its elements channels of their
-  // own.
-  FN_INLINE bool is_columns() const { return inner == 1 && span == 1; }
-  FN_INLINE bool is_rows() const { return inner == span; }
+  // Cells: what a statistic and a channel have in common. A statistic is taken over `share` neighbouring ones.
+  FN_INLINE int64_t share() const { return span > 0 ? inner / span : 1; }
+  FN_INLINE Fold cells() const { return {batch, outer, groups * share(), span, span}; }
+
+  // Shapes of memory. Columns: neighbours belong to different channels. Rows: a run of `span` elements has one channel.
+  // Lines: each run of `inner` elements has one statistic, and they have channels of their own.
+  FN_INLINE bool is_columns() const { return span == 1; }
   FN_INLINE bool is_lines() const { return outer == 1 && span == 1 && inner != 1; }
 };
 

@@ -37,7 +37,10 @@ void run(const BackwardPass& pass, EpilogueArgs epilogue) {
   });
 }
 
-// Lines have no epilogue.
+// Whether the loops of lines.h do it, which are quicker than columns and know neither masks nor epilogues.
+bool as_lines(const Fold& f, const uint8_t* mask, const EpilogueArgs& epilogue) {
+  return f.is_lines() && !mask && !epilogue.residual && epilogue.activation == Activation::identity;
+}
 void run_lines(const ForwardPass& pass, double* mean, double* rstd) {
   with_dtype(pass.x.dtype, [&](auto element) { forward_lines<decltype(element)>(pass, mean, rstd); });
 }
@@ -50,7 +53,7 @@ void moments(const MomentsArgs& a) {
   Scratch<Moments> found(s);
   for (int64_t i = 0; i < s; ++i) found[i] = Moments();
   const ForwardPass pass{a.fold, a.x, {}, {}, {}, a.mask, nullptr, nullptr, found.get(), a.center, 0};
-  if (a.fold.size() > 0 && a.fold.is_lines())
+  if (a.fold.size() > 0 && as_lines(a.fold, a.mask, {}))
     run_lines(pass, nullptr, nullptr);
   else if (a.fold.size() > 0)
     run(pass, {});
@@ -78,21 +81,8 @@ void merge(const MergeArgs& a) {
 void normalize(const NormalizeArgs& a) {
   if (a.fold.size() == 0) return;
   const ForwardPass pass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, a.mean, a.rstd, nullptr, true, 0};
-  if (a.fold.is_lines()) return run_lines(pass, nullptr, nullptr);
+  if (as_lines(a.fold, nullptr, a.epilogue)) return run_lines(pass, nullptr, nullptr);
   run(pass, a.epilogue);
-}
-
-// New running value: old + weight·(new − old), rounded to its type after each of the batch entries, as calls in turn
-// would.
-void update_running(const RunningArgs& running, const Fold& f, const Moments* found) {
-  for (int64_t c = 0; c < f.groups; ++c)
-    for (int64_t b = 0; b < f.batch; ++b) {
-      const Moments& m = found[b * f.groups + c];
-      if (m.n < 2) continue;  // a mask that counts nothing says nothing
-      const double weight = running.counted < 0 ? running.momentum : 1.0 / double(running.counted + b + 1);
-      running.mean.set(c, (1 - weight) * running.mean.get(c) + weight * m.mean);
-      running.var.set(c, (1 - weight) * running.var.get(c) + weight * (m.m2 / (m.n - 1)));
-    }
 }
 
 void forward(const ForwardArgs& a) {
@@ -111,7 +101,7 @@ void forward(const ForwardArgs& a) {
     }
     return;
   }
-  if (a.fold.is_lines())
+  if (as_lines(a.fold, a.mask, a.epilogue))
     return run_lines(
         ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, nullptr, nullptr, nullptr, bool(a.mean), a.eps},
         a.mean, a.rstd);
@@ -131,18 +121,20 @@ void forward(const ForwardArgs& a) {
     }
   }
   if (again) normalize({a.fold, a.x, a.mean, a.rstd, a.weight, a.bias, a.epilogue, a.y});
-  if (a.running.mean) update_running(a.running, a.fold, found.get());
+  for (int64_t c = 0; a.running.mean && c < a.fold.groups; ++c)
+    a.running.update_by_entries(c, a.fold.batch, [&](int64_t b) { return found[b * a.fold.groups + c]; });
 }
 
 // Per-channel gradients: the batch entries' sums, in order.
 void parameter_gradients(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
-  const Fold& f = pass.fold;
-  for (int64_t c = 0; c < f.groups; ++c) {
+  const int64_t cells = pass.fold.cells().statistics();
+  for (int64_t c = 0; c < pass.channels; ++c) {
     double u = 0, ux = 0;
-    for (int64_t s = c; s < f.statistics(); s += f.groups) {
+    for (int64_t cell = c; cell < cells; cell += pass.channels) {
+      const int64_t s = cell / pass.share;
       const double lo = pass.x.dtype == DType::f64 ? pass.lo<double>(s) : pass.lo<float>(s);
-      u += pass.found[s].u;
-      ux += pass.found[s].ux(lo, pass.rstd[s]);
+      u += pass.found[cell].u;
+      ux += pass.found[cell].ux(lo, pass.rstd[s]);
     }
     dweight.set(c, ux);
     dbias.set(c, u);
@@ -156,7 +148,7 @@ void clear_gradients(const Fold& f, const Array& dweight, const Array& dbias) {
   }
 }
 
-// The sums of `pass.found` are s1 and s2 where a line's elements are channels.
+// A line's elements are channels: there are no cells.
 void run_lines_sums(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
   const int64_t channels = pass.fold.channels();
   Scratch<double> u(channels), ux(channels);
@@ -167,6 +159,15 @@ void run_lines_sums(const BackwardPass& pass, const Array& dweight, const Array&
   }
 }
 
+// Of a pass with s12, but without cells as yet.
+void run_sums(BackwardPass pass, const EpilogueArgs& epilogue, const Array& dweight, const Array& dbias) {
+  if (as_lines(pass.fold, pass.mask, epilogue)) return run_lines_sums(pass, dweight, dbias);
+  const Scratch<GradSums> found(pass.fold.cells().statistics());
+  pass.found = found.get();
+  run(pass, epilogue);
+  parameter_gradients(pass, dweight, dbias);
+}
+
 void grad_sums(const GradSumsArgs& a) {
   const Fold& f = a.fold;
   const int64_t s = f.statistics();
@@ -174,49 +175,36 @@ void grad_sums(const GradSumsArgs& a) {
     for (int64_t i = 0; i < s; ++i) a.s1[i] = a.s2[i] = 0;
     return clear_gradients(f, a.dweight, a.dbias);
   }
-  Scratch<GradSums> found(s);
-  const BackwardPass pass{f,       a.dy,    a.x,  a.mean,  a.rstd,  a.weight, a.bias, found.get(),
-                          nullptr, nullptr, true, nullptr, nullptr, {},       {}};
-  if (f.is_lines()) {
-    run_lines_sums(pass, a.dweight, a.dbias);
-    for (int64_t i = 0; i < s; ++i) {
-      a.s1[i] = found[i].u;
-      a.s2[i] = found[i].uz;
-    }
-    return;
-  }
-  run(pass, a.epilogue);
+  const Scratch<GradSums> s12(s);
+  const BackwardPass pass{f,         a.dy,    a.x,     a.mean, a.rstd,  a.weight, a.bias, nullptr,
+                          s12.get(), nullptr, nullptr, true,   nullptr, nullptr,  {},     {}};
+  run_sums(pass, a.epilogue, a.dweight, a.dbias);
   for (int64_t i = 0; i < s; ++i) {
-    const double w = a.weight.get_or(i % f.groups, 1);
-    const double lo = a.x.dtype == DType::f64 ? pass.lo<double>(i) : pass.lo<float>(i);
-    a.s1[i] = w * found[i].u;
-    a.s2[i] = w * found[i].ux(lo, a.rstd[i]);
+    a.s1[i] = s12[i].u;
+    a.s2[i] = s12[i].uz;
   }
-  parameter_gradients(pass, a.dweight, a.dbias);
 }
 
 void grad_input(const GradInputArgs& a) {
   if (a.fold.size() == 0) return;
-  const BackwardPass pass{a.fold, a.dy,           a.x,    a.mean,  a.rstd, a.weight,   a.bias, nullptr, a.cx,
-                          a.c0,   !a.cx && !a.c0, a.mask, nullptr, a.dx,   a.dresidual};
-  if (a.fold.is_lines()) return run_lines(pass, nullptr, nullptr);
+  const BackwardPass pass{a.fold,  a.dy, a.x,  a.mean,         a.rstd, a.weight, a.bias, nullptr,
+                          nullptr, a.cx, a.c0, !a.cx && !a.c0, a.mask, nullptr,  a.dx,   a.dresidual};
+  if (as_lines(a.fold, a.mask, a.epilogue)) return run_lines(pass, nullptr, nullptr);
   run(pass, a.epilogue);
 }
 
 void backward(const BackwardArgs& a) {
   if (a.fold.size() == 0) return clear_gradients(a.fold, a.dweight, a.dbias);
-  Scratch<GradSums> found(a.fold.statistics());
-  Scratch<double> count(a.mask ? a.fold.batch : 0);
+  const Scratch<GradSums> s12(a.fold.statistics());
+  const Scratch<double> counted(a.mask ? a.fold.batch : 0);
   const int64_t positions = a.fold.outer * a.fold.span;  // of a batch entry
   for (int64_t b = 0; a.mask && b < a.fold.batch; ++b) {
-    count[b] = 0;
-    for (int64_t i = 0; i < positions; ++i) count[b] += a.mask[b * positions + i] != 0;
+    counted[b] = 0;
+    for (int64_t i = 0; i < positions; ++i) counted[b] += a.mask[b * positions + i] != 0;
   }
-  const BackwardPass pass{a.fold,  a.dy,    a.x,        a.mean, a.rstd,      a.weight, a.bias,     found.get(),
-                          nullptr, nullptr, a.constant, a.mask, count.get(), a.dx,     a.dresidual};
-  if (a.fold.is_lines()) return run_lines_sums(pass, a.dweight, a.dbias);
-  run(pass, a.epilogue);
-  parameter_gradients(pass, a.dweight, a.dbias);
+  const BackwardPass pass{a.fold,    a.dy,    a.x,     a.mean,     a.rstd, a.weight,      a.bias, nullptr,
+                          s12.get(), nullptr, nullptr, a.constant, a.mask, counted.get(), a.dx,   a.dresidual};
+  run_sums(pass, a.epilogue, a.dweight, a.dbias);
 }
 
 void copy(const CopyArgs& a) {

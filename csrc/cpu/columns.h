@@ -347,7 +347,7 @@ struct Writes {
   const ColumnShape<T>& shape;
   const T* out;
   bool turned, streamed;
-  int64_t size, rows_each, tasks_each, tasks;
+  int64_t size, rows_each, tasks_each;
 
   // `own_rows`: rows must begin where the tensor's do. `alike`: what else is written is aligned as `out` is.
   Writes(const ColumnShape<T>& s, int64_t batch, const T* out_, bool own_rows, bool alike) : shape(s), out(out_) {
@@ -357,7 +357,6 @@ struct Writes {
     size = s.outer * s.groups;
     rows_each = kWriteElements / s.columns > 0 ? kWriteElements / s.columns : 1;
     tasks_each = (size / s.columns + rows_each - 1) / rows_each + 1;  // the last one: what is no whole row
-    tasks = out ? batch * tasks_each : 0;
   }
   int64_t head(int64_t b) const {
     const int64_t n = turned ? to_alignment(out + b * size) : 0;
@@ -366,10 +365,11 @@ struct Writes {
   bool past(int64_t b) const {
     return streamed && to_alignment(out + b * size + head(b)) == 0 && shape.columns % Pack<T>::width == 0;
   }
-  // Backwards: what was read last is still in cache. block(b, Block, streamed?), element(b, index, channel).
+  // Backwards within a batch entry: what was read last is still in cache. block(b, Block, streamed?), element(b, index,
+  // channel).
   template <class BlockCall, class ElementCall>
   FN_INLINE void each(int64_t i, BlockCall&& block, ElementCall&& element) const {
-    const int64_t b = (tasks - 1 - i) / tasks_each, task = (tasks - 1 - i) % tasks_each, start = b * size;
+    const int64_t b = i / tasks_each, task = tasks_each - 1 - i % tasks_each, start = b * size;
     const int64_t before = head(b), rows = (size - before) / shape.columns, first = task * rows_each,
                   left = rows - first;
     if (task < tasks_each - 1) {
@@ -404,14 +404,19 @@ FN_INLINE void chunks_of(const Block& block, int64_t chunk_rows, Call&& call) {
 }
 
 // Tasks of both passes. Sums: a panel of a tile of a batch entry. Between the sweeps, the columns to settle: by panel,
-// or all at once where the copies of a column lie in different panels.
+// or all at once where the copies of a column, or those that make a statistic, may lie in different panels.
 template <class T>
 struct ColumnTasks {
   const ColumnShape<T>& shape;
-  int64_t blocks, settles;
+  bool by_panel;
+  int64_t blocks_each, settles_each;  // of a batch entry
 
-  ColumnTasks(const ColumnShape<T>& s, int64_t batch)
-      : shape(s), blocks(batch * s.all_tiles() * s.panels), settles(batch * (s.repeat == 1 ? s.panels : 1)) {}
+  // `share`: columns that make a statistic.
+  ColumnTasks(const ColumnShape<T>& s, int64_t share)
+      : shape(s),
+        by_panel(s.repeat == 1 && share == 1),
+        blocks_each(s.all_tiles() * s.panels),
+        settles_each(by_panel ? s.panels : 1) {}
 
   struct At {
     int64_t b, tile, panel;
@@ -426,20 +431,52 @@ struct ColumnTasks {
     int64_t b, begin, end;
   };
   Settle settle(int64_t i) const {
-    const int64_t per_batch = shape.repeat == 1 ? shape.panels : 1, panel = i % per_batch;
-    const int64_t end = panel * kPanel<T> + kPanel<T>;
-    if (shape.repeat > 1) return {i, 0, shape.columns};
-    return {i / per_batch, panel * kPanel<T>, end < shape.columns ? end : shape.columns};
+    if (!by_panel) return {i, 0, shape.columns};
+    const int64_t panel = i % settles_each, end = panel * kPanel<T> + kPanel<T>;
+    return {i / settles_each, panel * kPanel<T>, end < shape.columns ? end : shape.columns};
   }
 };
+
+// Where the batch entries keep the threads busy, a thread takes a whole one, whose second sweep finds it in cache;
+// otherwise the tasks of all entries are shared, with a barrier between the sweeps. body(team): each(tasks of an entry,
+// call(number of the task)).
+struct EntryTasks {
+  int64_t entry;
+
+  template <class Task>
+  FN_INLINE void each(int64_t tasks, Task&& task) const {
+    for (int64_t i = entry * tasks; i < entry * tasks + tasks; ++i) task(i);
+  }
+};
+struct SharedTasks {
+  const Team& team;
+  int64_t entries;
+
+  template <class Task>
+  FN_INLINE void each(int64_t tasks, Task&& task) const {
+    team.each(entries * tasks, task);
+  }
+};
+template <class Body>
+FN_INLINE void by_entries(int threads, int64_t entries, Body&& body) {
+  const int64_t rounds = (entries + threads - 1) / threads;
+  const bool fused = entries * 10 >= rounds * threads * 9;
+  parallel(threads, [&](const Team& team) {
+    if (fused)
+      team.each(entries, [&](int64_t b) { body(EntryTasks{b}); });
+    else
+      body(SharedTasks{team, entries});
+    stream_fence();
+  });
+}
 
 template <class E>
 void forward_columns(const E& e, const ForwardPass& pass) {
   using T = typename E::Element;
   using R = Real<T>;
-  const Fold& f = pass.fold;
+  const Fold f = pass.fold.cells();
   const ColumnShape<T> shape(f, pass.mask);
-  const ColumnTasks<T> tasks(shape, f.batch);
+  const ColumnTasks<T> tasks(shape, pass.share);
   const int64_t tiles = shape.all_tiles(), registers = shape.registers();
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
@@ -466,12 +503,14 @@ void forward_columns(const E& e, const ForwardPass& pass) {
       }
       n += more;
     }
-    for (int64_t c = at.begin; c < at.end && c < f.groups; ++c) {
+    for (int64_t first = at.begin; first < at.end && first < f.groups; first += pass.share) {
       Moments m;
-      for (int64_t j = c; j < at.end; j += f.groups) m.merge({n, mean[j], m2[j]});
-      const int64_t last = shape.tiles * shape.columns + c;
-      if (shape.rest) m.merge({double(shape.rest), mean[last], m2[last]});
-      pass.found[at.b * f.groups + c] = m;
+      for (int64_t c = first; c < first + pass.share; ++c) {
+        for (int64_t j = c; j < at.end; j += f.groups) m.merge({n, mean[j], m2[j]});
+        const int64_t last = shape.tiles * shape.columns + c;
+        if (shape.rest) m.merge({double(shape.rest), mean[last], m2[last]});
+      }
+      pass.found[(at.b * f.groups + first) / pass.share] = m;
     }
   };
   const auto settle_affine = [&](const typename ColumnTasks<T>::Settle& at) {
@@ -496,29 +535,29 @@ void forward_columns(const E& e, const ForwardPass& pass) {
     apply_block<false>(e, x, y, Block{i, 1, 1, 1}, &a);
   };
 
-  parallel(threads_for(f.size(), tasks.blocks), [&](const Team& team) {
-    if (pass.takes_statistics()) {
-      team.each(tasks.blocks, [&](int64_t i) {
-        const auto at = tasks.at(i);
-        if (at.block.columns == 0) return;
-        PanelMoments<T> m;
-        chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
-          counted_rows(pass.mask, chunk, [&](const Block& rows, bool counted) {
-            if (counted) add_chunk(x, rows, pass.center, ahead, m);
-          });
-        });
-        if (at.panel == 0) part_n[at.b * tiles + at.tile] = m.n;
-        const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
-        to_columns<T>(m.mean, at.block.columns, part_mean.get() + to);
-        to_columns<T>(m.m2, at.block.columns, part_m2.get() + to);
+  const auto sum_block = [&](int64_t i) {
+    const auto at = tasks.at(i);
+    if (at.block.columns == 0) return;
+    PanelMoments<T> m;
+    chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
+      counted_rows(pass.mask, chunk, [&](const Block& rows, bool counted) {
+        if (counted) add_chunk(x, rows, pass.center, ahead, m);
       });
-      team.each(tasks.settles, [&](int64_t i) { settle_moments(tasks.settle(i)); });
+    });
+    if (at.panel == 0) part_n[at.b * tiles + at.tile] = m.n;
+    const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
+    to_columns<T>(m.mean, at.block.columns, part_mean.get() + to);
+    to_columns<T>(m.m2, at.block.columns, part_m2.get() + to);
+  };
+
+  by_entries(threads_for(f.size(), f.batch * tasks.blocks_each), f.batch, [&](const auto& team) {
+    if (pass.takes_statistics()) {
+      team.each(tasks.blocks_each, sum_block);
+      team.each(tasks.settles_each, [&](int64_t i) { settle_moments(tasks.settle(i)); });
     }
-    if (y) {
-      team.each(tasks.settles, [&](int64_t i) { settle_affine(tasks.settle(i)); });
-      team.each(writes.tasks, [&](int64_t i) { writes.each(i, write_block, write_element); });
-    }
-    stream_fence();
+    if (!y) return;
+    team.each(tasks.settles_each, [&](int64_t i) { settle_affine(tasks.settle(i)); });
+    team.each(writes.tasks_each, [&](int64_t i) { writes.each(i, write_block, write_element); });
   });
 }
 
@@ -526,9 +565,9 @@ template <class E>
 void backward_columns(const E& e, const BackwardPass& pass) {
   using T = typename E::Element;
   using R = Real<T>;
-  const Fold& f = pass.fold;
+  const Fold f = pass.fold.cells();
   const ColumnShape<T> shape(f, pass.mask);
-  const ColumnTasks<T> tasks(shape, f.batch);
+  const ColumnTasks<T> tasks(shape, pass.share);
   const int64_t tiles = shape.all_tiles(), registers = shape.registers();
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
@@ -573,6 +612,9 @@ void backward_columns(const E& e, const BackwardPass& pass) {
       if (shape.rest) sum.merge({u[last], uz[last]});
       pass.found[at.b * f.groups + c] = sum;
     }
+    const int64_t end = at.end < f.groups ? at.end : f.groups;
+    if (at.begin < end)
+      pass.template sum_cells<R>((at.b * f.groups + at.begin) / pass.share, (end - at.begin) / pass.share);
   };
   const auto write = [&](const Block& block, const PackGrad<T>* g, bool past) {
     const auto write_rows = [&](const Block& some, bool corrected) {
@@ -592,32 +634,32 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     write(Block{i, 1, 1, 1}, &g, false);
   };
 
-  parallel(threads_for(2 * f.size(), tasks.blocks), [&](const Team& team) {
+  const auto sum_block = [&](int64_t i) {
+    const auto at = tasks.at(i);
+    if (at.block.columns == 0) return;
+    const PackGrad<T>* g = sum_coefficients.get() + at.b * registers + at.panel * kPanel<T> / Pack<T>::width;
+    PanelGradSums<T> panel;
+    chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
+      add_grad_chunk(e, dy, x, chunk, g, ahead, panel);
+      if (at_once) write(chunk, g, false);
+    });
+    const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
+    to_columns<T>(panel.u, at.block.columns, part_u.get() + to);
+    to_columns<T>(panel.uz, at.block.columns, part_uz.get() + to);
+  };
+
+  by_entries(threads_for(2 * f.size(), f.batch * tasks.blocks_each), f.batch, [&](const auto& team) {
     if (pass.found) {
-      team.each(tasks.settles, [&](int64_t i) { settle(sum_coefficients.get(), tasks.settle(i), 0, !at_once); });
-      team.each(tasks.blocks, [&](int64_t i) {
-        const auto at = tasks.at(i);
-        if (at.block.columns == 0) return;
-        const PackGrad<T>* g = sum_coefficients.get() + at.b * registers + at.panel * kPanel<T> / Pack<T>::width;
-        PanelGradSums<T> panel;
-        chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
-          add_grad_chunk(e, dy, x, chunk, g, ahead, panel);
-          if (at_once) write(chunk, g, false);
-        });
-        const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
-        to_columns<T>(panel.u, at.block.columns, part_u.get() + to);
-        to_columns<T>(panel.uz, at.block.columns, part_uz.get() + to);
-      });
-      team.each(tasks.settles, [&](int64_t i) { settle_sums(tasks.settle(i)); });
+      team.each(tasks.settles_each, [&](int64_t i) { settle(sum_coefficients.get(), tasks.settle(i), 0, !at_once); });
+      team.each(tasks.blocks_each, sum_block);
+      team.each(tasks.settles_each, [&](int64_t i) { settle_sums(tasks.settle(i)); });
     }
-    if (out.dx && !at_once) {
-      team.each(tasks.settles, [&](int64_t i) {
-        const auto at = tasks.settle(i);
-        settle(coefficients.get(), at, writes.head(at.b), false);
-      });
-      team.each(writes.tasks, [&](int64_t i) { writes.each(i, write_block, write_element); });
-    }
-    stream_fence();
+    if (!out.dx || at_once) return;
+    team.each(tasks.settles_each, [&](int64_t i) {
+      const auto at = tasks.settle(i);
+      settle(coefficients.get(), at, writes.head(at.b), false);
+    });
+    team.each(writes.tasks_each, [&](int64_t i) { writes.each(i, write_block, write_element); });
   });
 }
 

@@ -249,7 +249,7 @@ template <class T>
   });
 }
 
-// `u`, `ux`: out [C], Σdy and Σdy·x̂ of the channels. pass.found [S] is weighted here, and of x̂: s1 and s2.
+// `u`, `ux`: out [C], Σdy and Σdy·x̂ of the channels.
 template <class T>
 void backward_lines(const BackwardPass& pass, double* u, double* ux) {
   using R = Real<T>;
@@ -262,20 +262,20 @@ void backward_lines(const BackwardPass& pass, double* u, double* ux) {
   const LaneNumbers<T> weight(channels);
   weight.set(pass.weight, channels, 1);
   const int64_t numbers = weight.size();
-  Scratch<double> part(pass.found ? shape.tiles * 2 * numbers : 0);
+  Scratch<double> part(pass.s12 ? shape.tiles * 2 * numbers : 0);
 
   const auto affine_of = [&](int64_t s) { return LineAffine<R>(pass.mean_of(s), pass.rstd[s]); };
   const auto write = [&](int64_t s) {
     double x_hat = pass.cx ? pass.cx[s] : 0, one = pass.c0 ? pass.c0[s] : 0;
     if (!pass.cx && !pass.c0 && !pass.constant) {
-      x_hat = -pass.found[s].uz / double(f.inner);
-      one = pass.mean ? -pass.found[s].u / double(f.inner) : 0;
+      x_hat = -pass.s12[s].uz / double(f.inner);
+      one = pass.mean ? -pass.s12[s].u / double(f.inner) : 0;
     }
     grad_line(dy + s * f.inner, x + s * f.inner, dx + s * f.inner, f.inner, affine_of(s),
               coefficient<R>(pass.rstd[s] * x_hat), R(pass.rstd[s] * one), weight, s % f.groups * f.inner, streamed);
   };
   parallel(threads_for(2 * f.size(), shape.tiles), [&](const Team& team) {
-    if (!pass.found) {
+    if (!pass.s12) {
       team.each(f.batch, [&](int64_t b) {
         for (int64_t g = 0; g < f.groups; ++g) write(b * f.groups + g);
       });
@@ -303,7 +303,7 @@ void backward_lines(const BackwardPass& pass, double* u, double* ux) {
             else
               sum_lines_of<1>(dy + at, x + at, f.inner, row, a, weight, g * f.inner, sums, down, down_x);
             for (int64_t k = 0; k < count; ++k) {
-              pass.found[(b + k) * f.groups + g] = sums[k];
+              pass.s12[(b + k) * f.groups + g] = sums[k];
               if (dx) write((b + k) * f.groups + g);
             }
           }

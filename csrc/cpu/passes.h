@@ -76,6 +76,7 @@ FN_INLINE Coefficients mixed_lanes(const typename Coefficients::One& own, const 
   });
 }
 
+// `cell`: what a statistic and a channel have in common (core/fold.h); where `share` is 1, there is one a statistic.
 struct ForwardPass {
   Fold fold;
   Array x, weight, bias, y;               // no y: statistics only
@@ -84,6 +85,7 @@ struct ForwardPass {
   Moments* found;                         // [S] out, unless given
   bool center;
   double eps;
+  int64_t share = fold.share(), channels = fold.channels();
 
   FN_INLINE bool takes_statistics() const { return !given_rstd; }
   FN_INLINE double mean(int64_t s) const {
@@ -95,8 +97,8 @@ struct ForwardPass {
     return 1 / __builtin_sqrt((found[s].n > 0 ? found[s].m2 / found[s].n : 0) + eps);
   }
   template <class R>
-  FN_INLINE Affine<R> affine(int64_t s) const {
-    const int64_t c = s % fold.groups;
+  FN_INLINE Affine<R> affine(int64_t cell) const {
+    const int64_t s = cell / share, c = cell % channels;
     return fusednorm::affine<R>(mean(s), rstd(s), weight.get_or(c, 1), bias.get_or(c, 0));
   }
 };
@@ -106,25 +108,40 @@ struct BackwardPass {
   Array dy, x;
   const double *mean, *rstd;  // no mean: 0, and no constant
   Array weight, bias;
-  GradSums* found;        // [S] out: Σu, Σu·z per statistic, unweighted; null: not taken
+  GradSums *found, *s12;  // out: Σu, Σu·z [cells] and Σw·u, Σw·u·x̂ [S]; null: not taken
   const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
   bool constant;
-  const uint8_t* mask;  // where cx and c0 apply
-  const double* count;  // [batch]: elements that a statistic was taken over, where there is a mask
-  Array dx, dresidual;  // no dx: sums only
+  const uint8_t* mask;    // where cx and c0 apply
+  const double* counted;  // [batch]: positions that the mask counts; null: all
+  Array dx, dresidual;    // no dx: sums only
+  int64_t share = fold.share(), channels = fold.channels();
+
+  // Between the sweeps: the sums over `count` statistics from number `first` on, of those of their cells.
+  template <class R>
+  FN_INLINE void sum_cells(int64_t first, int64_t count) const {
+    for (int64_t s = first; s < first + count; ++s) {
+      GradSums sum;
+      for (int64_t cell = s * share; cell < s * share + share; ++cell) {
+        const double w = weight.get_or(cell % channels, 1);
+        sum.merge({w * found[cell].u, w * found[cell].ux(lo<R>(s), rstd[s])});
+      }
+      s12[s] = sum;
+    }
+  }
 
   // `sums_only`: without what follows from the sums.
   template <class R>
-  FN_INLINE GradCoefficients<R> coefficients(int64_t s, bool sums_only = false) const {
-    const int64_t c = s % fold.groups;
-    const double w = weight.get_or(c, 1), n = count ? count[s / fold.groups] : double(fold.per_statistic());
+  FN_INLINE GradCoefficients<R> coefficients(int64_t cell, bool sums_only = false) const {
+    const int64_t s = cell / share, c = cell % channels;
+    const double w = weight.get_or(c, 1),
+                 n = counted ? counted[cell / channels] * double(share) : double(fold.per_statistic());
     double x_hat = 0, one = 0;
     if (cx || c0) {
       x_hat = cx ? cx[s] : 0;
       one = c0 ? c0[s] : 0;
     } else if (!constant && !sums_only && n > 0) {
-      x_hat = -w * found[s].ux(lo<R>(s), rstd[s]) / n;
-      one = mean ? -w * found[s].u / n : 0;
+      x_hat = -s12[s].uz / n;
+      one = mean ? -s12[s].u / n : 0;
     }
     const Affine<R> a = fusednorm::affine<R>(mean_of(s), rstd[s], w, bias.get_or(c, 0));
     const GradAffine<R> g = fusednorm::grad_affine<R>(mean_of(s), rstd[s], w, x_hat, one);
@@ -294,7 +311,8 @@ constexpr double kLargest = 1.7976931348623157e308;
   const auto each = [&](auto&& add) {
     for (int64_t o = 0; o < f.outer; ++o)
       for (int64_t i = 0; i < f.inner; ++i)
-        if (!mask || first_position[o * f.span + i]) add(static_cast<long double>(first[o * f.groups * f.inner + i]));
+        if (!mask || first_position[o * f.span + i % f.span])
+          add(static_cast<long double>(first[o * f.groups * f.inner + i]));
   };
   each([&](long double v) {
     n += 1;

@@ -1,6 +1,8 @@
-// Rows: memory in which each run of `inner` elements has one statistic and one channel (channels first).
+// Rows: memory in which each run of `inner` elements has one statistic, and each run of `span` one channel (channels
+// first).
 //
-// A slab is what one statistic is taken over: `outer` runs. It is cut, by its shape alone, into chunks of some
+// A slab is what one statistic is taken over: `outer` runs. For gradients it is a cell, where these differ (group norm):
+// the sums of a statistic's cells are added up between the sweeps. It is cut, by its shape alone, into chunks of some
 // thousand elements (float32 sums) and tiles of 32 chunks (the unit of work when a slab is shared among threads). The tree of
 // merges follows that cut, not the threads, so the bits do too.
 //
@@ -282,42 +284,54 @@ template <bool kConstant, class E, class T>
 
 // How the slabs are handed to threads.
 struct RowPlan {
-  int64_t block;  // slabs a thread takes at once
+  int64_t block;  // slabs that are swept side by side
+  int64_t task;   // slabs that a thread takes at once: whole statistics, blocks of them
   bool fused, streamed, neighbours;
   int threads;
 
-  // `tensors`: how many are read.
-  RowPlan(const Fold& f, int64_t item, int64_t tensors, bool stores) {
-    const int64_t run = f.inner * item, slabs = f.statistics();
+  // `share`: slabs that make a statistic; `tensors`: how many are read.
+  RowPlan(const Fold& f, int64_t share, int64_t item, int64_t tensors, bool stores) {
+    const int64_t slabs = f.statistics();
     streamed = stores && f.size() * item >= kStreamBytes;
-    neighbours = stores && run < kShortRunBytes && f.size() * item >= kNeighboursFrom;
+    neighbours = stores && f.span * item < kShortRunBytes && f.size() * item >= kNeighboursFrom;
     block = 1;
     if (neighbours) {
-      block = kNeighbourBytes / run;
+      block = kNeighbourBytes / (f.inner * item);
       if (block > kMaxBlock) block = kMaxBlock;
       if (block > f.groups) block = f.groups;
+      if (block < 1) block = 1;
     }
-    const int64_t blocks = f.batch * ((f.groups + block - 1) / block);
+    task = block < share ? share : block / share * share;
+    const int64_t blocks = f.batch * ((f.groups + task - 1) / task);
     const int available = threads_for(tensors * f.size(), INT64_MAX);
     const int64_t rounds = (blocks + available - 1) / available;
     fused = blocks >= 4 * available || blocks * 10 >= rounds * available * 9 || slabs == 0;
     if (!fused) {
       neighbours = false;
       block = 1;
+      task = share;
     }
     threads = fused ? threads_for(tensors * f.size(), blocks) : available;
   }
 };
 
-// The slabs a thread takes at once: `count` neighbours from statistic `first` on.
+// `count` neighbouring slabs from number `first` on.
 struct RowBlock {
   int64_t first, count, offset;  // offset: element of the first slab's first run
 
-  RowBlock(const Fold& f, int64_t block, int64_t i) {
-    const int64_t per_batch = (f.groups + block - 1) / block, b = i / per_batch, g = i % per_batch * block;
+  // The i-th `size` of them; a batch entry's last may be fewer.
+  RowBlock(const Fold& f, int64_t size, int64_t i) {
+    const int64_t per_batch = (f.groups + size - 1) / size, b = i / per_batch, g = i % per_batch * size;
     first = b * f.groups + g;
-    count = f.groups - g < block ? f.groups - g : block;
+    count = f.groups - g < size ? f.groups - g : size;
     offset = slab_offset(f, first);
+  }
+  RowBlock(int64_t first_, int64_t count_, int64_t offset_) : first(first_), count(count_), offset(offset_) {}
+
+  int64_t parts(int64_t size) const { return (count + size - 1) / size; }
+  RowBlock part(const Fold& f, int64_t size, int64_t i) const {
+    const int64_t left = count - i * size;
+    return {first + i * size, left < size ? left : size, offset + i * size * f.inner};
   }
   static FN_INLINE int64_t slab_offset(const Fold& f, int64_t s) {
     return (s / f.groups * f.outer * f.groups + s % f.groups) * f.inner;
@@ -325,15 +339,30 @@ struct RowBlock {
   static FN_INLINE int64_t blocks(const Fold& f, int64_t block) { return f.batch * ((f.groups + block - 1) / block); }
 };
 
-// Runs of a slab, cut where the mask changes: call(Runs, counted).
+// Runs of a slab, cut where the channel changes: call(channel within the slab, Runs).
 template <class Call>
-FN_INLINE void counted_runs(const uint8_t* mask, const Fold& f, int64_t s, const Runs& runs, Call&& call) {
+FN_INLINE void channel_runs(const Fold& f, const Runs& runs, Call&& call) {
+  if (f.span == f.inner) return call(0, runs);
   const int64_t row = f.groups * f.inner;
-  for (int64_t k = 0; k < runs.count; ++k) {
-    const int64_t at = runs.offset + k * runs.stride, o = s / f.groups * f.outer + at / row;
-    stretches(mask + o * f.span + at % row, runs.length,
-              [&](int64_t begin, int64_t length, bool counted) { call(Runs{at + begin, 0, 1, length}, counted); });
-  }
+  for (int64_t k = 0; k < runs.count; ++k)
+    for (int64_t begin = 0, length; begin < runs.length; begin += length) {
+      const int64_t at = runs.offset + k * runs.stride + begin, i = at % row, left = f.span - i % f.span;
+      length = left < runs.length - begin ? left : runs.length - begin;
+      call(i / f.span, Runs{at, 0, 1, length});
+    }
+}
+
+// And where the mask changes: call(Runs, counted).
+template <class Call>
+FN_INLINE void counted_runs(const uint8_t* mask, const Fold& f, int64_t s, const Runs& all, Call&& call) {
+  const int64_t row = f.groups * f.inner;
+  channel_runs(f, all, [&](int64_t, const Runs& runs) {
+    for (int64_t k = 0; k < runs.count; ++k) {
+      const int64_t at = runs.offset + k * runs.stride, o = s / f.groups * f.outer + at / row;
+      stretches(mask + o * f.span + at % row % f.span, runs.length,
+                [&](int64_t begin, int64_t length, bool counted) { call(Runs{at + begin, 0, 1, length}, counted); });
+    }
+  });
 }
 
 // Sums over all tiles of a block, merged tile by tile as the split path merges them. chunk(k, runs, ahead, Sum&) adds
@@ -373,7 +402,7 @@ FN_INLINE Sum sum_of(const Sum* part, int64_t n) {
 template <class E>
 void normalize_rows(const E& e, const ForwardPass& pass) {
   using T = typename E::Element;
-  const Fold& f = pass.fold;
+  const Fold f = pass.fold.cells();
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
   const int64_t ahead = kAheadBytes / int64_t(sizeof(T));
@@ -409,7 +438,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   const Fold& f = pass.fold;
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
-  const RowPlan plan(f, sizeof(T), 1, bool(pass.y));
+  const RowPlan plan(f, 1, sizeof(T), 1, bool(pass.y));
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
 
@@ -421,24 +450,30 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   };
   const auto apply_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
-    const auto a = all_lanes<PackAffine<T>>(pass.affine<Real<T>>(s));
-    tree.segments(tile, [&](const Runs& r) {
-      apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
+    tree.segments(tile, [&](const Runs& runs) {
+      channel_runs(f, runs, [&](int64_t channel, const Runs& r) {
+        const auto a = all_lanes<PackAffine<T>>(pass.affine<Real<T>>(s * pass.share + channel));
+        apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
+      });
     });
   };
   const auto apply_block = [&](const RowBlock& block) {
     Affine<Real<T>> a[kMaxBlock];
-    for (int64_t k = 0; k < block.count; ++k) a[k] = pass.affine<Real<T>>(block.first + k);
-    for (int64_t o = f.outer; o-- > 0;) {
-      const int64_t start = block.offset + o * row;
-      apply_neighbours(e.at(start), x + start, y + start, block.count, f.inner, a, plan.streamed, -row);
+    const int64_t cells = block.count * pass.share;
+    for (int64_t from = (cells - 1) / kMaxBlock * kMaxBlock; from >= 0; from -= kMaxBlock) {
+      const int64_t count = cells - from < kMaxBlock ? cells - from : kMaxBlock;
+      for (int64_t k = 0; k < count; ++k) a[k] = pass.affine<Real<T>>(block.first * pass.share + from + k);
+      for (int64_t o = f.outer; o-- > 0;) {
+        const int64_t start = block.offset + o * row + from * f.span;
+        apply_neighbours(e.at(start), x + start, y + start, count, f.span, a, plan.streamed, -row);
+      }
     }
   };
 
   if (plan.fused) {
     parallel(plan.threads, [&](const Team& team) {
-      team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
-        const RowBlock block(f, plan.block, i);
+      team.each(RowBlock::blocks(f, plan.task), [&](int64_t i) {
+        const RowBlock block(f, plan.task, i);
         sum_block(tree, block.count, f.inner, pass.found + block.first,
                   [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
                     add(block.first + k, block.offset + k * f.inner, r, ahead, m);
@@ -471,10 +506,10 @@ void forward_rows(const E& e, const ForwardPass& pass) {
 template <class E>
 void backward_rows(const E& e, const BackwardPass& pass) {
   using T = typename E::Element;
-  const Fold& f = pass.fold;
+  const Fold f = pass.fold.cells();
   const RowTree tree(f);
-  const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
-  const RowPlan plan(f, sizeof(T), 2, bool(pass.dx));
+  const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner, share = pass.share;
+  const RowPlan plan(f, share, sizeof(T), 2, bool(pass.dx));
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 
@@ -514,17 +549,25 @@ void backward_rows(const E& e, const BackwardPass& pass) {
 
   if (plan.fused) {
     parallel(plan.threads, [&](const Team& team) {
-      team.each(RowBlock::blocks(f, plan.block), [&](int64_t i) {
-        const RowBlock block(f, plan.block, i);
-        if (pass.found)
+      team.each(RowBlock::blocks(f, plan.task), [&](int64_t i) {
+        const RowBlock task(f, plan.task, i);
+        const int64_t blocks = task.parts(plan.block);
+        for (int64_t part = 0; pass.found && part < blocks; ++part) {
+          const RowBlock block = task.part(f, plan.block, part);
           sum_block(tree, block.count, f.inner, pass.found + block.first,
                     [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
                       sum.merge(sums(block.first + k, block.offset + k * f.inner, r, ahead));
                     });
-        if (out.dx && plan.neighbours && !cut) write_block(block);
-        if (out.dx && (!plan.neighbours || cut))
-          for (int64_t k = 0; k < block.count; ++k)
-            for (int64_t tile = tiles; tile-- > 0;) write_tile(block.first + k, tile);
+        }
+        if (pass.found) pass.template sum_cells<Real<T>>(task.first / share, task.count / share);
+        for (int64_t part = blocks; out.dx && part-- > 0;) {
+          const RowBlock block = task.part(f, plan.block, part);
+          if (plan.neighbours && !cut)
+            write_block(block);
+          else
+            for (int64_t k = 0; k < block.count; ++k)
+              for (int64_t tile = tiles; tile-- > 0;) write_tile(block.first + k, tile);
+        }
       });
       stream_fence();
     });
@@ -541,7 +584,11 @@ void backward_rows(const E& e, const BackwardPass& pass) {
             tree, i % tiles, [&](const Runs& r, int64_t ahead, GradSums& sum) { sum.merge(sums(s, slab, r, ahead)); });
         if (at_once) write_tile(s, i % tiles);
       });
-      team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
+      team.each(slabs / share, [&](int64_t s) {
+        for (int64_t cell = s * share; cell < s * share + share; ++cell)
+          pass.found[cell] = sum_of(part.get() + cell * tiles, tiles);
+        pass.template sum_cells<Real<T>>(s, 1);
+      });
     }
     if (out.dx && !at_once)
       team.each(slabs * tiles, [&](int64_t i) {

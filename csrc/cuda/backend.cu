@@ -194,15 +194,15 @@ __global__ void merge_kernel(const MergeArgs a) {
   a.merged_m2[i] = m.m2;
 }
 
-// The running statistics, by the statistics of the batch entries in turn: rounded after each, as calls in turn would.
+// The running statistics, by the statistics of the batch entries.
 __global__ void running_kernel(const Fold f, const RunningArgs running, const double* count, const double* mean,
                                const double* m2) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= f.groups) return;
-  for (int64_t b = 0; b < f.batch; ++b) {
+  running.update_by_entries(c, f.batch, [&](int64_t b) {
     const int64_t s = b * f.groups + c;
-    update_running(running, c, running_weight(running, b), count[s], mean[s], m2[s]);
-  }
+    return Moments{count[s], mean[s], m2[s]};
+  });
 }
 
 // Per-channel gradients: the batch entries' sums, in order.
@@ -275,7 +275,7 @@ void forward(const ForwardArgs& a) {
   pass.rstd = a.rstd;
   const bool updates = a.training && a.running.mean, after = updates && has_entries(a.fold);
   pass.updates = updates && !after;
-  pass.update_weight = running_weight(a.running, 0);
+  pass.update_weight = a.running.weight(0);
   if (after) {
     pass.count = static_cast<double*>(a.queue.scratch);
     pass.m2 = pass.count + a.fold.statistics();

@@ -128,7 +128,8 @@ FN_DEVICE void settle(const ForwardPass& pass, const Member<T, kColumns>& me, co
     if (me.rank() == 0 && column.first) {
       if (pass.count) pass.count[s] = sums.n;
       if (pass.m2) pass.m2[s] = m2;
-      if (pass.updates) update_running(pass.running, c, pass.update_weight, sums.n, mean, m2);
+      // A mask that counts fewer than two numbers says nothing.
+      if (pass.updates && sums.n >= 2) pass.running.update(c, pass.update_weight, mean, m2 / (sums.n - 1));
     }
   } else {
     mean = pass.evaluation ? pass.running.mean.get(c) : pass.given_mean[s];

@@ -101,18 +101,6 @@ Plan plan_of(const Pass& pass, const Layout& layout, const Device& device) {
   return plan(work, device);
 }
 
-// Weight of the new value, for a batch entry.
-FN_INLINE double running_weight(const RunningArgs& running, int64_t entry) {
-  return running.counted < 0 ? running.momentum : 1.0 / double(running.counted + entry + 1);
-}
-
-// New running value: old + weight·(new − old).
-FN_DEVICE void update_running(const RunningArgs& running, int64_t c, double weight, double n, double mean, double m2) {
-  if (n < 2) return;  // a mask that counts nothing says nothing
-  running.mean.set(c, (1 - weight) * running.mean.get(c) + weight * mean);
-  running.var.set(c, (1 - weight) * running.var.get(c) + weight * (m2 / (n - 1)));
-}
-
 // Whose column an owner's is. `first`: not a further copy of it.
 struct Column {
   bool there, first;

@@ -84,6 +84,7 @@ def forward(
     training: bool,
     momentum: float,
     counted: int,
+    averaged: bool,
     eps: float,
     activation: int,
     slope: float,

@@ -222,7 +222,7 @@ def _forward(
         queue = arrays.queue(x, layout.fold)
         _C.forward(
             layout.fold, x, weight, bias, running_mean, running_var, residual, positions, y, mean, rstd,
-            training, momentum, counted, eps, code, slope, *queue,
+            training, momentum, counted, False, eps, code, slope, *queue,
         )  # fmt: skip
         if queue is not arrays.CPU:
             arrays.launched(queue, y, mean, rstd, positions)
@@ -235,7 +235,7 @@ def _forward(
             queue = arrays.queue(x, whole)
             _C.forward(
                 whole, x, weight, bias, running_mean, running_var, residual, None, y, mean[0], rstd[0],
-                False, momentum, counted, eps, code, slope, *queue,
+                False, momentum, counted, False, eps, code, slope, *queue,
             )  # fmt: skip
             arrays.launched(queue, y, mean, rstd)
             mean[1:], rstd[1:] = mean[:1], rstd[:1]
@@ -246,7 +246,7 @@ def _forward(
             fold_of_part, x[part], weight, bias, running_mean, running_var,
             None if residual is None else residual[part], _part_of(positions, part, x), y[part],
             mean[statistics], rstd[statistics],
-            training, momentum, counted if counted < 0 else counted + statistics.start, eps, code, slope, *queue,
+            training, momentum, counted if counted < 0 else counted + statistics.start, False, eps, code, slope, *queue,
         )  # fmt: skip
         arrays.launched(queue, y, mean, rstd, positions)
     return _deliver(y, out), mean, rstd
@@ -552,7 +552,7 @@ def _line_forward(
     mean, rstd = arrays.statistics(x, lines.fold.statistics)
     _C.forward(
         lines.fold, x, _line(weight), _line(bias), None, None, None, None, y, mean if center else None, rstd,
-        True, 0.0, -1, eps, 0, 0.0,
+        True, 0.0, -1, False, eps, 0, 0.0,
     )  # fmt: skip
     if x is not given and out is None:
         y = arrays.laid_out_like(y, arrays.empty_like(given))
