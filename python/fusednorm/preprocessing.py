@@ -291,8 +291,9 @@ class Standardizer(_Transformer):
     constant, by StandardScaler's rule, has the scale 1.
 
     X are arrays of shape (samples, features), NumPy's or CuPy's, of float32, float64, float16 or bfloat16, whose dtype
-    is kept; or anything else that NumPy makes a table of numbers of, in float64. `transform` reads float arrays where
-    they lie, in C or Fortran order. Not taken: sparse matrices (TypeError), and sample weights.
+    is kept; or anything else that NumPy makes a table of numbers of, in float64. Float arrays are read where they lie,
+    in C or Fortran order: by `fit` once, by `transform` once for infinities and once to standardize. Not taken: sparse
+    matrices (TypeError), and sample weights.
 
     Parameters
     ----------
