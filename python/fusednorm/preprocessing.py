@@ -112,7 +112,7 @@ def _moments(x: Array) -> Moments:
     count = np.full(mean.shape, n)
     again = np.flatnonzero(~np.isfinite(mean) | np.isnan(m2) | _underflown(x.dtype, n, mean, m2))
     if again.size:
-        numbers = _moments_without_nan(x[:, again])
+        numbers = _moments_without_nan(x[:, arrays.namespace(x).asarray(again)])
         count[again], mean[again], m2[again] = numbers.count, numbers.mean, numbers.m2
     return Moments(count, mean, m2)
 
@@ -453,7 +453,7 @@ class Whitener(_Transformer):
     puts the mean there. A direction v is one of them if its variance + eps is not above what rounding may have made:
     the largest eigenvalue times (features + √n)·2⁻⁵², for the sums of n products and the decomposition, and
     Σⱼ vⱼ²·u²·(mean square of feature j), for an input that was rounded to its dtype, whose relative error is u
-    (6e-8 in float32). So features of scales further apart than 10⁷ should be standardized first.
+    (6e-8 in float32). So features of scales further apart than 10⁶ should be standardized first.
 
     In PCA the element of each component that is largest in size is positive: signs are the same on every run.
 
