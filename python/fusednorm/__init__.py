@@ -28,6 +28,7 @@ from fusednorm.functional import (
     rms_norm_forward,
 )
 from fusednorm.layers import BatchNorm, LayerNorm, RMSNorm
+from fusednorm.preprocessing import Standardizer, Whitener
 from fusednorm.statistics import Moments
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "LayerNorm",
     "Moments",
     "RMSNorm",
+    "Standardizer",
+    "Whitener",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
