@@ -149,7 +149,8 @@ template <int kOwnSlots, class T>
 
 template <class T>
 FN_INLINE Deviations deviations(const T* x, const Runs& r, Real<T> hi, int64_t ahead) {
-  return r.length < kLongRun<T> ? deviations_in<1>(x, r, hi, ahead) : deviations_in<kSlots<T>>(x, r, hi, ahead);
+  return r.count * r.length < kLongRun<T> ? deviations_in<1>(x, r, hi, ahead)
+                                          : deviations_in<kSlots<T>>(x, r, hi, ahead);
 }
 
 template <class T>
@@ -208,8 +209,8 @@ template <int kOwnSlots, class E, class T>
 template <class E, class T>
 FN_INLINE void add_grad_chunk(const E& e, const T* dy, const T* x, const Runs& r, const GradCoefficients<Real<T>>& own,
                               int64_t ahead, GradSums& sums) {
-  r.length < kLongRun<T> ? add_grad_chunk_in<1>(e, dy, x, r, own, ahead, sums)
-                         : add_grad_chunk_in<kSlots<T>>(e, dy, x, r, own, ahead, sums);
+  r.count* r.length < kLongRun<T> ? add_grad_chunk_in<1>(e, dy, x, r, own, ahead, sums)
+                                  : add_grad_chunk_in<kSlots<T>>(e, dy, x, r, own, ahead, sums);
 }
 
 // Sums over short runs that follow each other in memory, each a slab of its own. A register of them at once: what it
