@@ -209,6 +209,35 @@ def test_lines_are_refused(device: str) -> None:
             fn.rms_norm(normal(4, width), width)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("order", "CF")
+def test_tables_are_standardized_and_whitened(order: str, dtype: str, device: int) -> None:
+    host = np.random.default_rng(0).normal([7, 3, 0, 0, 1], 1, (200, 5)).astype(dtype, order)  # type: ignore[call-overload]
+    x = on_device(host)
+    # y and x are of size 10 at most, of moments and arithmetic in float32 or wider, and rounded to the dtype.
+    error = 10 * (2e-6 + float(np.finfo(dtype).eps)) if dtype != "float64" else 1e-12
+    for make in (fn.Standardizer, lambda: fn.Whitener("zca")):
+        ours, want = (make().partial_fit(a[:50]).partial_fit(a[50:]) for a in (x, host))
+        for method, given in (("transform", host), ("inverse_transform", want.transform(host))):
+            y = getattr(ours, method)(on_device(given))
+            assert type(y) is cupy.ndarray
+            assert y.device == x.device
+            assert y.dtype == x.dtype
+            np.testing.assert_allclose(cupy.asnumpy(y), getattr(want, method)(given), rtol=0, atol=error)
+        assert type(ours.mean_) is np.ndarray
+        for bad, refused in ((np.inf, True), (np.nan, make is not fn.Standardizer)):
+            worse = x.copy()
+            worse[3, 1] = bad
+            if refused:
+                with pytest.raises(ValueError, match=r"infinity|NaN"):
+                    ours.transform(worse)
+            else:
+                fitted = make().fit(worse)
+                np.testing.assert_allclose(fitted.mean_, make().fit(cupy.asnumpy(worse)).mean_, rtol=0, atol=error)
+                assert int(cupy.isnan(fitted.transform(worse)).sum()) == 1
+    assert fn.Standardizer(copy=False).fit_transform(x) is x
+
+
 def test_results_repeat_bit_for_bit(device: str) -> None:
     for shape, axis in (((16, 5, 33, 7), 1), ((16, 33, 7, 5), -1), ((64, 96), 1), ((16, 33, 7, 4), -1)):
         x, dy = normal(*shape), normal(*shape, seed=1)

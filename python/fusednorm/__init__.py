@@ -37,6 +37,7 @@ from fusednorm.functional import (
     weight_norm_forward,
 )
 from fusednorm.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, WeightNorm
+from fusednorm.preprocessing import Standardizer, Whitener
 from fusednorm.statistics import Moments
 
 __all__ = [
@@ -46,7 +47,9 @@ __all__ = [
     "LayerNorm",
     "Moments",
     "RMSNorm",
+    "Standardizer",
     "WeightNorm",
+    "Whitener",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",

@@ -473,10 +473,28 @@ def _elementwise(function: Any) -> Any:
     return lambda *inputs, **options: _compute(function, *inputs, **options)
 
 
-sqrt, isfinite, isnan, abs, maximum, minimum, where, count_nonzero, array_equal = map(
+sqrt, isfinite, isinf, isnan, abs, maximum, minimum, where, count_nonzero, array_equal = map(
     _elementwise,
-    (np.sqrt, np.isfinite, np.isnan, np.abs, np.maximum, np.minimum, np.where, np.count_nonzero, np.array_equal),
+    (
+        np.sqrt,
+        np.isfinite,
+        np.isinf,
+        np.isnan,
+        np.abs,
+        np.maximum,
+        np.minimum,
+        np.where,
+        np.count_nonzero,
+        np.array_equal,
+    ),
 )
+
+
+class linalg:
+    @staticmethod
+    def eigh(a: ndarray) -> tuple[ndarray, ndarray]:
+        values, vectors = np.linalg.eigh(a.get())
+        return array(values), array(vectors)
 
 
 def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
