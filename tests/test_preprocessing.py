@@ -274,7 +274,10 @@ def test_merge() -> None:
     assert pickle.dumps(right) == kept
     for none in (fn.Standardizer(), fn.Standardizer().partial_fit(x[:0])):
         assert pickle.dumps(fn.Standardizer().fit(x).merge(none)) == pickle.dumps(whole)
+        kept = pickle.dumps(whole)
         assert_same_bits(none.merge(whole).transform(x), whole.transform(x))
+        none.partial_fit(x + 1)
+        assert pickle.dumps(whole) == kept
     # The flags are those of the one that takes in.
     assert_same_bits(
         fn.Standardizer(with_std=False).merge(whole).transform(x), fn.Standardizer(with_std=False).fit_transform(x)

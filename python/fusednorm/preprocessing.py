@@ -133,12 +133,9 @@ def _moments_without_nan(x: Array) -> Moments:
             raise ValueError(f"Input X contains infinity or a value too large for {x.dtype!r}.")
         missing = xp.isnan(block)
         count = (~missing).sum(0).astype(_FLOAT64)
-        share = 1 / xp.maximum(count, 1)
-        mean = (xp.where(missing, 0, block) * share).sum(0)
-        deviations = xp.where(missing, 0, block - mean)
-        left = deviations.sum(0)  # what the mean was rounded by
-        m2 = (deviations * deviations).sum(0) - left * left * share
-        total.merge(Moments(*(arrays.moved(a, "cpu") for a in (count, mean + left * share, m2))))
+        mean = (xp.where(missing, 0, block) / xp.maximum(count, 1)).sum(0)
+        m2 = (xp.where(missing, 0, block - mean) ** 2).sum(0)
+        total.merge(Moments(*(arrays.moved(a, "cpu") for a in (count, mean, m2))))
     return total
 
 
