@@ -223,6 +223,23 @@ def test_infinities_are_errors(bad: float, dtype: str) -> None:
     first.partial_fit(np.ones((2, 7)))  # what failed left no number of features behind
 
 
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_infinity_in_many_rows(dtype: str, order: str) -> None:
+    x = np.array(table(9001, 30, dtype), order=order)  # type: ignore[call-overload]
+    fitted = fn.Standardizer().fit(x)
+    for nan in (False, True):
+        if nan:
+            x[::50, 3] = np.nan
+        for row in (1, 4999, 9000):
+            kept, x[row, 7] = x[row, 7], np.inf
+            for method in (fitted.transform, fn.Standardizer().fit):
+                with pytest.raises(ValueError, match="infinity"):
+                    method(x)
+            x[row, 7] = kept
+        assert np.isnan(fitted.transform(x)).sum() == (181 if nan else 0)
+
+
 def test_large_numbers_are_no_infinities() -> None:
     """Their squares overflow, and in float64 their differences too."""
     signs = np.tile([[1.0, -1.0], [-1.0, -1.0]], (3, 1))
