@@ -205,7 +205,7 @@ def test_arrays_of_other_libraries_are_seen_as_cupys(device: str) -> None:
 
 def test_lines_are_refused(device: str) -> None:
     for width in (1, 3):
-        with pytest.raises(TypeError, match=f"x is on {device}: layer and RMS norm run on the CPU only"):
+        with pytest.raises(TypeError, match=f"x is on {device}, and lines are folds of the CPU only"):
             fn.rms_norm(normal(4, width), width)
 
 

@@ -127,11 +127,10 @@ void forward(const ForwardArgs& a) {
 
 // Per-channel gradients: the batch entries' sums, in order.
 void parameter_gradients(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
-  const int64_t cells = pass.fold.cells().statistics();
+  const Fold& f = pass.fold;
   for (int64_t c = 0; c < pass.channels; ++c) {
     double u = 0, ux = 0;
-    for (int64_t cell = c; cell < cells; cell += pass.channels) {
-      const int64_t s = cell / pass.share;
+    for (int64_t s = c / pass.share, cell = c; s < f.statistics(); s += f.groups, cell += pass.channels) {
       const double lo = pass.x.dtype == DType::f64 ? pass.lo<double>(s) : pass.lo<float>(s);
       u += pass.found[cell].u;
       ux += pass.found[cell].ux(lo, pass.rstd[s]);

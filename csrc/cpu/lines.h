@@ -80,32 +80,6 @@ struct LineAffine {
   }
 };
 
-// Moments of a line that is one chunk, about the mean of its first pack; again about its own mean where the first pack
-// lies apart, so that the subtraction takes away half at most (core/moments.h).
-template <class T>
-FN_INLINE Moments line_moments(const T* x, int64_t n, bool center) {
-  using R = Real<T>;
-  constexpr int64_t width = Pack<T>::width;
-  const Runs all{0, 0, 1, n};
-  const double k = double(n);
-  R hi = 0;
-  if (center) {
-    const Lanes<T> first = n < width ? load(x, Part{int(n)}) : load(x, Whole{});
-    double sum = 0;
-    for (int p = 0; p < Pack<T>::parts; ++p) sum += sum_lanes(first.v[p]);
-    hi = R(sum / double(n < width ? n : width));
-  }
-  Deviations d = deviations(x, all, hi, n);
-  if (center && !(d.sum * d.sum <= 0.5 * k * d.squares)) {
-    hi = R(double(hi) + d.sum / k);
-    d = deviations(x, all, hi, n);
-  }
-  if (out_of_range<T>(d.sum, d.squares)) return chunk_moments_wide(x, all, center);
-  if (!center) return {k, 0, d.squares};
-  const double m2 = d.squares - d.sum * (d.sum / k);
-  return {k, double(hi) + d.sum / k, m2 < 0 ? 0 : m2};
-}
-
 template <bool kAffine, class T>
 [[gnu::noinline]] void apply_line(const T* x, T* y, int64_t n, const LineAffine<Real<T>>& a,
                                   const LaneNumbers<T>& weight, const LaneNumbers<T>& bias, int64_t channel,
@@ -149,8 +123,11 @@ void forward_lines(const ForwardPass& pass, double* mean, double* rstd) {
   }
   const auto statistics = [&](int64_t s) {
     const T* line = x + s * f.inner;
-    if (f.inner <= kChunk) return line_moments(line, f.inner, pass.center);
     Moments m;
+    if (f.inner <= kChunk) {
+      add_chunk(line, Runs{0, 0, 1, f.inner}, pass.center, f.inner, m);
+      return m;
+    }
     sum_block(tree, 1, f.inner, &m, [&](int64_t, const Runs& r, int64_t ahead, Moments& more) {
       add_chunk(line, r, pass.center, ahead, more);
     });

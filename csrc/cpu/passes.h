@@ -132,7 +132,7 @@ struct BackwardPass {
   // `sums_only`: without what follows from the sums.
   template <class R>
   FN_INLINE GradCoefficients<R> coefficients(int64_t cell, bool sums_only = false) const {
-    const int64_t s = cell / share, c = cell % channels;
+    const int64_t s = share == 1 ? cell : cell / share, c = cell % channels;
     const double w = weight.get_or(c, 1),
                  n = counted ? counted[cell / channels] * double(share) : double(fold.per_statistic());
     double x_hat = 0, one = 0;

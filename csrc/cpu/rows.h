@@ -91,16 +91,20 @@ FN_INLINE void sweep(const Runs& r, Step&& step) {
   }
 }
 
+// Sums run in several registers, so that an addition need not wait for the one before. Short runs are over before that
+// pays: one register a part.
 template <class T>
 constexpr int kSlots = 4 / Pack<T>::parts;
-
 template <class T>
+constexpr int64_t kLongRun = 16 * Pack<T>::width;
+
+template <class T, int kOwnSlots = kSlots<T>>
 struct Accumulators {
-  Vector<Real<T>> v[kSlots<T>][Pack<T>::parts] = {};
+  Vector<Real<T>> v[kOwnSlots][Pack<T>::parts] = {};
 
   FN_INLINE double sum() const {
     Vector<Real<T>> total = v[0][0];
-    for (int slot = 0; slot < kSlots<T>; ++slot)
+    for (int slot = 0; slot < kOwnSlots; ++slot)
       for (int part = 0; part < Pack<T>::parts; ++part)
         if (slot + part > 0) total += v[slot][part];
     return sum_lanes(total);
@@ -128,10 +132,10 @@ template <class T>
 struct Deviations {
   double sum, squares;
 };
-template <class T>
-[[gnu::noinline]] Deviations deviations(const T* x, const Runs& r, Real<T> hi, int64_t ahead) {
-  Accumulators<T> sum, squares;
-  sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
+template <int kOwnSlots, class T>
+[[gnu::noinline]] Deviations deviations_in(const T* x, const Runs& r, Real<T> hi, int64_t ahead) {
+  Accumulators<T, kOwnSlots> sum, squares;
+  sweep<T, kOwnSlots>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
     prefetch(x + i + ahead);
     const Lanes<T> v = load(x + i, there);
     for (int p = 0; p < Pack<T>::parts; ++p) {
@@ -143,19 +147,35 @@ template <class T>
   return {sum.sum(), squares.sum()};
 }
 
-// Takes a chunk into the moments of those before it in its tile. The first needs a sweep of its own for the mean.
+template <class T>
+FN_INLINE Deviations deviations(const T* x, const Runs& r, Real<T> hi, int64_t ahead) {
+  return r.count * r.length < kLongRun<T> ? deviations_in<1>(x, r, hi, ahead)
+                                          : deviations_in<kSlots<T>>(x, r, hi, ahead);
+}
+
+template <class T>
+FN_INLINE Real<T> mean_of_first_pack(const T* x, const Runs& r) {
+  constexpr int64_t width = Pack<T>::width;
+  const Lanes<T> first = r.length < width ? load(x + r.offset, Part{int(r.length)}) : load(x + r.offset, Whole{});
+  Vector<Real<T>> sum = first.v[0];
+  for (int p = 1; p < Pack<T>::parts; ++p) sum += first.v[p];
+  return Real<T>(sum_lanes(sum) / double(r.length < width ? r.length : width));
+}
+
+// Takes a chunk into the moments of those before it in its tile. The first one's deviations are from the mean of its
+// first pack; again from its own mean where the two lie apart, so that the subtraction takes away half at most
+// (core/moments.h).
 template <class T>
 FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, Moments& m) {
   using R = Real<T>;
   const double k = double(r.count * r.length);
   if (center && m.n < k) {
-    Accumulators<T> first;
-    sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
-      const Lanes<T> v = load(x + i, there);
-      for (int p = 0; p < Pack<T>::parts; ++p) first.v[slot][p] += v.v[p];
-    });
-    const R hi = R(first.sum() / k);
-    const Deviations d = deviations(x, r, hi, ahead);
+    R hi = mean_of_first_pack(x, r);
+    Deviations d = deviations(x, r, hi, ahead);
+    if (!(d.sum * d.sum <= 0.5 * k * d.squares)) {
+      hi = R(double(hi) + d.sum / k);
+      d = deviations(x, r, hi, ahead);
+    }
     if (out_of_range<T>(d.sum, d.squares)) return m.merge(chunk_moments_wide(x, r, center));
     const double m2 = d.squares - d.sum * d.sum / k;
     return m.merge({k, double(hi) + d.sum / k, m2 < 0 ? 0 : m2});
@@ -168,11 +188,12 @@ FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, 
   m.m2 += d.squares;
 }
 
-template <class E, class T>
-[[gnu::noinline]] GradSums chunk_grad_sums(const E& e, const T* dy, const T* x, const Runs& r, const PackGrad<T>& g,
-                                           int64_t ahead) {
-  Accumulators<T> sum, product;
-  sweep<T, kSlots<T>>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
+template <int kOwnSlots, class E, class T>
+[[gnu::noinline]] void add_grad_chunk_in(const E& e, const T* dy, const T* x, const Runs& r,
+                                         const GradCoefficients<Real<T>>& own, int64_t ahead, GradSums& sums) {
+  const PackGrad<T> g = all_lanes<PackGrad<T>>(own);
+  Accumulators<T, kOwnSlots> sum, product;
+  sweep<T, kOwnSlots>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
     prefetch(x + i + ahead);
     prefetch(dy + i + ahead);
     const GradPack<T> at = load_grad_pack(e, dy, x, i, g, there);
@@ -182,7 +203,103 @@ template <class E, class T>
       product.v[slot][p] = fma(u, at.z.v[p], product.v[slot][p]);
     }
   });
-  return {sum.sum(), product.sum()};
+  sums.u += sum.sum();
+  sums.uz += product.sum();
+}
+template <class E, class T>
+FN_INLINE void add_grad_chunk(const E& e, const T* dy, const T* x, const Runs& r, const GradCoefficients<Real<T>>& own,
+                              int64_t ahead, GradSums& sums) {
+  r.count* r.length < kLongRun<T> ? add_grad_chunk_in<1>(e, dy, x, r, own, ahead, sums)
+                                  : add_grad_chunk_in<kSlots<T>>(e, dy, x, r, own, ahead, sums);
+}
+
+// Sums over short runs that follow each other in memory, each a slab of its own. A register of them at once: what it
+// takes to add up lanes, and to end a sweep and begin the next, would be most of the time.
+template <class T, class Step>
+FN_INLINE void sweep_short(int64_t start, int64_t length, Step&& step) {
+  constexpr int64_t width = Pack<T>::width;
+  int64_t i = start;
+  for (; i + width <= start + length; i += width) step(i, Whole{});
+  if (i < start + length) step(i, Part{int(start + length - i)});
+}
+
+template <class T>
+[[gnu::noinline]] void short_moments(const T* x, int64_t count, int64_t length, bool center, Moments* found) {
+  using R = Real<T>;
+  using V = Vector<R>;
+  constexpr int lanes = kLanes<R>;
+  const double k = double(length);
+  for (int64_t from = 0; from < count; from += lanes) {
+    const int some = count - from < lanes ? int(count - from) : lanes;
+    const T* first = x + from * length;
+    R hi[lanes] = {};
+    V sum[lanes] = {}, squares[lanes] = {};
+    if (center) {
+      const int64_t width = Pack<T>::width < length ? Pack<T>::width : length;
+      for (int slab = 0; slab < some; ++slab)
+        sweep_short<T>(slab * length, width, [&](int64_t i, auto there) FN_LAMBDA {
+          const Lanes<T> v = load(first + i, there);
+          for (int p = 0; p < Pack<T>::parts; ++p) sum[slab] += v.v[p];
+        });
+      const V means = sums_of_lanes(sum) / R(width);
+      memcpy(hi, &means, sizeof hi);
+    }
+    for (int slab = 0; slab < some; ++slab) {
+      V s{}, q{};
+      sweep_short<T>(slab * length, length, [&](int64_t i, auto there) FN_LAMBDA {
+        prefetch(first + i + kAheadBytes / int64_t(sizeof(T)));
+        const Lanes<T> v = load(first + i, there);
+        for (int p = 0; p < Pack<T>::parts; ++p) {
+          const V d = live<T>(v.v[p] - hi[slab], p, there);
+          s += d;
+          q = fma(d, d, q);
+        }
+      });
+      sum[slab] = s;
+      squares[slab] = q;
+    }
+    const V all = sums_of_lanes(sum), all_squares = sums_of_lanes(squares);
+    for (int slab = 0; slab < some; ++slab) {
+      const double s = double(all[slab]), q = double(all_squares[slab]);
+      Moments& m = found[from + slab];
+      m = Moments();
+      if (out_of_range<T>(s, q) || (center && !(s * s <= 0.5 * k * q))) {
+        add_chunk(first, Runs{slab * length, 0, 1, length}, center, 0, m);
+        continue;
+      }
+      const double m2 = center ? q - s * s / k : q;
+      m = {k, center ? double(hi[slab]) + s / k : 0, m2 < 0 ? 0 : m2};
+    }
+  }
+}
+
+template <class E, class T>
+[[gnu::noinline]] void short_grad_sums(const E& e, const T* dy, const T* x, int64_t count, int64_t length,
+                                       const GradCoefficients<Real<T>>* own, GradSums* found) {
+  using V = Vector<Real<T>>;
+  constexpr int lanes = kLanes<Real<T>>;
+  for (int64_t from = 0; from < count; from += lanes) {
+    const int some = count - from < lanes ? int(count - from) : lanes;
+    V sum[lanes] = {}, product[lanes] = {};
+    for (int slab = 0; slab < some; ++slab) {
+      const PackGrad<T> g = all_lanes<PackGrad<T>>(own[from + slab]);
+      V s{}, q{};
+      sweep_short<T>((from + slab) * length, length, [&](int64_t i, auto there) FN_LAMBDA {
+        prefetch(x + i + kAheadBytes / int64_t(sizeof(T)));
+        prefetch(dy + i + kAheadBytes / int64_t(sizeof(T)));
+        const GradPack<T> at = load_grad_pack(e, dy, x, i, g, there);
+        for (int p = 0; p < Pack<T>::parts; ++p) {
+          const V u = live<T>(at.u.v[p], p, there);
+          s += u;
+          q = fma(u, at.z.v[p], q);
+        }
+      });
+      sum[slab] = s;
+      product[slab] = q;
+    }
+    const V all = sums_of_lanes(sum), all_products = sums_of_lanes(product);
+    for (int slab = 0; slab < some; ++slab) found[from + slab] = {double(all[slab]), double(all_products[slab])};
+  }
 }
 
 // Calls step(index, Whole or Part, streamed?) over n elements, with full registers from the first aligned address of
@@ -293,9 +410,10 @@ struct RowPlan {
   RowPlan(const Fold& f, int64_t share, int64_t item, int64_t tensors, bool stores) {
     const int64_t slabs = f.statistics();
     streamed = stores && f.size() * item >= kStreamBytes;
-    neighbours = stores && f.span * item < kShortRunBytes && f.size() * item >= kNeighboursFrom;
+    const bool contiguous = f.outer == 1 && f.span * item < kShortRunBytes;
+    neighbours = stores && (contiguous || (f.span * item < kShortRunBytes && f.size() * item >= kNeighboursFrom));
     block = 1;
-    if (neighbours) {
+    if (neighbours || contiguous) {
       block = kNeighbourBytes / (f.inner * item);
       if (block > kMaxBlock) block = kMaxBlock;
       if (block > f.groups) block = f.groups;
@@ -372,14 +490,15 @@ FN_INLINE void sum_block(const RowTree& tree, int64_t count, int64_t slab_distan
   Sum part[kMaxBlock];
   for (int64_t k = 0; k < count; ++k) total[k] = Sum();
   for (int64_t tile = 0; tile < tree.tiles(); ++tile) {
-    for (int64_t k = 0; k < count; ++k) part[k] = Sum();
+    Sum* of_tile = tree.tiles() == 1 ? total : part;
+    for (int64_t k = 0; k < count; ++k) of_tile[k] = Sum();
     for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
       const Runs r = tree.chunk(c);
       const int64_t next = tree.chunk(c + 1).offset - r.offset;
       for (int64_t k = 0; k < count; ++k)
-        chunk(k, r, k + 1 < count ? slab_distance : next - k * slab_distance, part[k]);
+        chunk(k, r, k + 1 < count ? slab_distance : next - k * slab_distance, of_tile[k]);
     }
-    for (int64_t k = 0; k < count; ++k) total[k].merge(part[k]);
+    for (int64_t k = 0; of_tile == part && k < count; ++k) total[k].merge(part[k]);
   }
 }
 template <class Sum, class Chunk>
@@ -439,6 +558,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
   const RowPlan plan(f, 1, sizeof(T), 1, bool(pass.y));
+  const bool brief = f.outer == 1 && f.inner < kLongRun<T> && !pass.mask;
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
 
@@ -457,6 +577,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
       });
     });
   };
+  const int64_t next = f.outer == 1 ? kAheadBytes / int64_t(sizeof(T)) : -row;  // what is written after this
   const auto apply_block = [&](const RowBlock& block) {
     Affine<Real<T>> a[kMaxBlock];
     const int64_t cells = block.count * pass.share;
@@ -465,7 +586,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
       for (int64_t k = 0; k < count; ++k) a[k] = pass.affine<Real<T>>(block.first * pass.share + from + k);
       for (int64_t o = f.outer; o-- > 0;) {
         const int64_t start = block.offset + o * row + from * f.span;
-        apply_neighbours(e.at(start), x + start, y + start, count, f.span, a, plan.streamed, -row);
+        apply_neighbours(e.at(start), x + start, y + start, count, f.span, a, plan.streamed, next);
       }
     }
   };
@@ -474,10 +595,13 @@ void forward_rows(const E& e, const ForwardPass& pass) {
     parallel(plan.threads, [&](const Team& team) {
       team.each(RowBlock::blocks(f, plan.task), [&](int64_t i) {
         const RowBlock block(f, plan.task, i);
-        sum_block(tree, block.count, f.inner, pass.found + block.first,
-                  [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
-                    add(block.first + k, block.offset + k * f.inner, r, ahead, m);
-                  });
+        if (brief)
+          short_moments(x + block.offset, block.count, f.inner, pass.center, pass.found + block.first);
+        else
+          sum_block(tree, block.count, f.inner, pass.found + block.first,
+                    [&](int64_t k, const Runs& r, int64_t ahead, Moments& m) {
+                      add(block.first + k, block.offset + k * f.inner, r, ahead, m);
+                    });
         if (y && plan.neighbours) apply_block(block);
         if (y && !plan.neighbours)  // backwards: what was read last is still in cache
           for (int64_t tile = tiles; tile-- > 0;) apply_tile(block.first, tile);
@@ -490,6 +614,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   parallel(plan.threads, [&](const Team& team) {
     team.each(slabs * tiles, [&](int64_t i) {
       const int64_t slab = RowBlock::slab_offset(f, i / tiles);
+      if (brief) return short_moments(x + slab, 1, f.inner, pass.center, part.get() + i);
       part[i] = sum_tile<Moments>(tree, i % tiles,
                                   [&](const Runs& r, int64_t ahead, Moments& m) { add(i / tiles, slab, r, ahead, m); });
     });
@@ -510,15 +635,21 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner, share = pass.share;
   const RowPlan plan(f, share, sizeof(T), 2, bool(pass.dx));
+  const bool brief = f.outer == 1 && f.inner < kLongRun<T>;
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 
-  const auto sums = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead) {
-    return chunk_grad_sums(e.at(slab), dy + slab, x + slab, r,
-                           all_lanes<PackGrad<T>>(pass.coefficients<Real<T>>(s, true)), ahead);
+  const auto add = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead, GradSums& sums) {
+    add_grad_chunk(e.at(slab), dy + slab, x + slab, r, pass.coefficients<Real<T>>(s, true), ahead, sums);
+  };
+  const bool backwards = pass.found && share > 1 && tiles == 1;  // from cell to cell: the last is still in cache
+  const auto sum_short = [&](int64_t first, int64_t count, int64_t slab, GradSums* found) {
+    GradCoefficients<Real<T>> own[kMaxBlock];
+    for (int64_t k = 0; k < count; ++k) own[k] = pass.coefficients<Real<T>>(first + k, true);
+    short_grad_sums(e.at(slab), dy + slab, x + slab, count, f.inner, own, found);
   };
   const auto write_runs = [&](int64_t slab, const Runs& r, const PackGrad<T>& g, bool corrected) {
-    const int64_t ahead = kAheadBytes / int64_t(sizeof(T));
+    const int64_t ahead = backwards ? -f.inner : kAheadBytes / int64_t(sizeof(T));
     if (corrected)
       grad_runs<false>(e.at(slab), dy + slab, x + slab, out.at(slab), r, g, plan.streamed, ahead);
     else
@@ -533,6 +664,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
       counted_runs(pass.mask, f, s, r, [&](const Runs& some, bool counted) { write_runs(slab, some, g, counted); });
     });
   };
+  const int64_t next = f.outer == 1 ? kAheadBytes / int64_t(sizeof(T)) : -row;  // what is written after this
   const auto write_block = [&](const RowBlock& block) {
     GradCoefficients<Real<T>> g[kMaxBlock];
     for (int64_t k = 0; k < block.count; ++k) g[k] = pass.coefficients<Real<T>>(block.first + k);
@@ -540,10 +672,10 @@ void backward_rows(const E& e, const BackwardPass& pass) {
       const int64_t start = block.offset + o * row;
       if (pass.constant)
         grad_neighbours<true>(e.at(start), dy + start, x + start, out.at(start), block.count, f.inner, g, plan.streamed,
-                              -row);
+                              next);
       else
         grad_neighbours<false>(e.at(start), dy + start, x + start, out.at(start), block.count, f.inner, g,
-                               plan.streamed, -row);
+                               plan.streamed, next);
     }
   };
 
@@ -554,14 +686,18 @@ void backward_rows(const E& e, const BackwardPass& pass) {
         const int64_t blocks = task.parts(plan.block);
         for (int64_t part = 0; pass.found && part < blocks; ++part) {
           const RowBlock block = task.part(f, plan.block, part);
+          if (brief) {
+            sum_short(block.first, block.count, block.offset, pass.found + block.first);
+            continue;
+          }
           sum_block(tree, block.count, f.inner, pass.found + block.first,
-                    [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sum) {
-                      sum.merge(sums(block.first + k, block.offset + k * f.inner, r, ahead));
+                    [&](int64_t k, const Runs& r, int64_t ahead, GradSums& sums) {
+                      add(block.first + k, block.offset + k * f.inner, r, ahead, sums);
                     });
         }
         if (pass.found) pass.template sum_cells<Real<T>>(task.first / share, task.count / share);
-        for (int64_t part = blocks; out.dx && part-- > 0;) {
-          const RowBlock block = task.part(f, plan.block, part);
+        for (int64_t part = 0; out.dx && part < blocks; ++part) {
+          const RowBlock block = task.part(f, plan.block, backwards ? blocks - 1 - part : part);
           if (plan.neighbours && !cut)
             write_block(block);
           else
@@ -580,8 +716,11 @@ void backward_rows(const E& e, const BackwardPass& pass) {
     if (pass.found) {
       team.each(slabs * tiles, [&](int64_t i) {
         const int64_t s = i / tiles, slab = RowBlock::slab_offset(f, s);
-        part[i] = sum_tile<GradSums>(
-            tree, i % tiles, [&](const Runs& r, int64_t ahead, GradSums& sum) { sum.merge(sums(s, slab, r, ahead)); });
+        if (brief)
+          sum_short(s, 1, slab, part.get() + i);
+        else
+          part[i] = sum_tile<GradSums>(
+              tree, i % tiles, [&](const Runs& r, int64_t ahead, GradSums& sums) { add(s, slab, r, ahead, sums); });
         if (at_once) write_tile(s, i % tiles);
       });
       team.each(slabs / share, [&](int64_t s) {

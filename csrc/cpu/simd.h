@@ -155,6 +155,36 @@ FN_INLINE double sum_lanes(F v) {
   return sum_lanes(low + high);
 }
 
+// The numbers 0 … n − 1 as a type.
+template <int... kNumbers>
+struct Numbers {};
+template <int n, int... kNumbers>
+struct UpTo : UpTo<n - 1, n - 1, kNumbers...> {};
+template <int... kNumbers>
+struct UpTo<0, kNumbers...> {
+  using type = Numbers<kNumbers...>;
+};
+
+// Sums of neighbouring lanes: a's, then b's.
+template <class V, int... kNumbers>
+FN_INLINE V add_pairs(V a, V b, Numbers<kNumbers...>) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, 2 * kNumbers...) + __builtin_shufflevector(a, b, (2 * kNumbers + 1)...);
+#else
+  typedef decltype(a < b) Mask;
+  return __builtin_shuffle(a, b, Mask{2 * kNumbers...}) + __builtin_shuffle(a, b, Mask{(2 * kNumbers + 1)...});
+#endif
+}
+// The sums of the lanes of as many vectors, one in each lane; v is overwritten. A fixed tree, the same for each.
+template <class V, int kCount>
+FN_INLINE V sums_of_lanes(V (&v)[kCount]) {
+#pragma GCC unroll 4
+  for (int n = kCount / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1], typename UpTo<kCount>::type{});
+  return v[0];
+}
+
 // How much of a pack is there: all of it, or its first n elements.
 struct Whole {};
 struct Part {

@@ -19,6 +19,12 @@ from fusednorm.functional import (
     batch_norm_backward,
     batch_norm_forward,
     batch_normalization,
+    group_norm,
+    group_norm_backward,
+    group_norm_forward,
+    instance_norm,
+    instance_norm_backward,
+    instance_norm_forward,
     layer_norm,
     layer_norm_backward,
     layer_norm_forward,
@@ -26,17 +32,23 @@ from fusednorm.functional import (
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_forward,
 )
-from fusednorm.layers import BatchNorm, LayerNorm, RMSNorm
+from fusednorm.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, WeightNorm
 from fusednorm.preprocessing import Standardizer, Whitener
 from fusednorm.statistics import Moments
 
 __all__ = [
     "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
     "LayerNorm",
     "Moments",
     "RMSNorm",
     "Standardizer",
+    "WeightNorm",
     "Whitener",
     "batch_norm",
     "batch_norm_backward",
@@ -45,6 +57,12 @@ __all__ = [
     "build_info",
     "empty_cache",
     "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_forward",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_forward",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_forward",
@@ -54,6 +72,9 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_forward",
     "set_num_threads",
+    "weight_norm",
+    "weight_norm_backward",
+    "weight_norm_forward",
 ]
 
 

@@ -43,6 +43,10 @@ def taken(x: object, name: str) -> Array:
     raise TypeError(f"{name} must be a NumPy or CuPy array, not {kind}")
 
 
+def taken_if_any(x: object | None, name: str) -> Array | None:
+    return None if x is None else taken(x, name)
+
+
 def is_of_a_gpu(x: object) -> bool:
     # Of some libraries all arrays have the attribute, and it raises for those of the CPU.
     try:
@@ -60,11 +64,6 @@ def missing_for_cuda() -> str:
     except ImportError:
         return "CuPy is not installed: pip install 'fusednorm[cuda]'"
     return ""
-
-
-def beside(a: Array | None, name: str, x: Array) -> Array | None:
-    """What is given beside x, if anything: beside one of a GPU as a CuPy array, else as it is."""
-    return a if a is None or type(x) is np.ndarray else taken(a, name)
 
 
 def namespace(x: Array) -> Any:
@@ -184,11 +183,11 @@ def empty(
     return np.ndarray(shape, dtype, memoryview(_C.PoolMemory(size)), 0, strides)
 
 
-def statistics(x: Array, n: int) -> tuple[Array, Array]:
-    """Two uninitialized float64 arrays of n numbers, on x's device."""
+def statistics(x: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+    """Two uninitialized float64 arrays of that shape, on x's device."""
     if isinstance(x, np.ndarray):
-        return np.empty(n), np.empty(n)
-    mean, rstd = empty((2, n), np.dtype(np.float64), beside=x)
+        return np.empty(shape), np.empty(shape)
+    mean, rstd = empty((2, *shape), np.dtype(np.float64), beside=x)
     return mean, rstd
 
 

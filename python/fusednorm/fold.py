@@ -34,10 +34,23 @@ norm                 channels first (N, C, HW)       channels last (N, HW, C)
 batch                (1, N, C, HW, HW)               (1, N·HW, C, 1, 1)
 batch of (N, C)      (1, N, C, 1, 1)                 the same
 ghost, B samples     (N/B, B, C, HW, HW)             (N/B, B·HW, C, 1, 1)
+instance             (N, 1, C, HW, HW)               (N, HW, C, 1, 1)
+group, G groups      (N, 1, G, C/G·HW, HW)           (N, HW, G, C/G, 1)
+group of (N, C)      (N, 1, G, C/G, 1)               the same
 ===================  ==============================  =============================
 
+Where a statistic spans several channels, ``inner`` is longer than ``span``. Group norm of one sample, two groups of two
+channels (a b and c d), each of four positions::
+
+    channels first                                        channels last
+    Fold(batch=1, outer=1, groups=2, inner=8, span=4)     Fold(batch=1, outer=4, groups=2, inner=2, span=1)
+
+    a a a a b b b b  c c c c d d d d                      a b c d  a b c d  a b c d  a b c d
+    └── group 0 ──┘  └── group 1 ──┘                      └0┘ └1┘  └0┘ └1┘  └0┘ └1┘  └0┘ └1┘
+
 Layer norm and RMS norm of M rows of D numbers are (M, 1, 1, D, 1): a row has one statistic, and each of its numbers a
-parameter of its own.
+parameter of its own. Weight norm of a tensor (A, O, B) that keeps its middle axis is batch norm's (1, A, O, B, B); with
+one length for all of it, (1, 1, 1, size, size).
 """
 
 from __future__ import annotations
@@ -47,7 +60,7 @@ from collections.abc import Sequence
 
 from fusednorm._C import Fold
 
-__all__ = ["Fold", "batch", "layer", "memory_order", "reduction"]
+__all__ = ["Fold", "batch", "group", "layer", "memory_order", "reduction"]
 
 
 def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> tuple[int, ...] | None:
@@ -74,6 +87,25 @@ def batch(shape: Sequence[int], order: Sequence[int], axis: int, ghosts: int = 1
     after = order[order.index(axis) + 1 :] if axis in order else ()
     outer, inner = math.prod(shape[a] for a in before), math.prod(shape[a] for a in after)
     return Fold(ghosts, outer // ghosts, shape[axis], inner, inner)
+
+
+def group(shape: Sequence[int], order: Sequence[int], axis: int, groups: int) -> Fold | None:
+    """Group normalization: a statistic for each sample and each of `groups` runs of neighbouring indices of `axis`; as
+    many groups as indices are instance normalization.
+
+    Samples lie along the first axis that is not `axis`. None where that is not the slowest in memory.
+    """
+    samples = 1 if axis == 0 else 0
+    rest = [a for a in order if a != samples]
+    if shape[samples] > 1 and 0 not in shape and order[0] != samples:
+        return None
+    # A single channel, or none at all, has no place in the order.
+    at = rest.index(axis) if axis in rest else 0
+    outer = math.prod(shape[a] for a in rest[:at])
+    span = math.prod(shape[a] for a in rest[at:] if a != axis)
+    if span == 0:  # which would not tell how many channels there are
+        outer, span = 0, 1
+    return Fold(shape[samples], outer, groups, shape[axis] // groups * span, span)
 
 
 def layer(shape: Sequence[int], order: Sequence[int], normalized: int) -> Fold | None:

@@ -1,7 +1,22 @@
-"""The norms as functions: fold, allocate, verb.
+"""The norms as functions. All of them are one pass forward and one backward, over different folds.
+
+===================  ============================================  =========================  ==========================
+norm                 a statistic of                                fold, channels first       saved statistics
+===================  ============================================  =========================  ==========================
+batch                each channel                                  (1, N, C, HW, HW)          (C,)
+batch, ghosts        each channel of B samples, the last part      (N/B, B, C, HW, HW) and    (⌈N/B⌉, C)
+                     shorter                                       (1, N mod B, C, HW, HW)
+instance             each channel of each sample                   (N, 1, C, HW, HW)          (N, C)
+group                each group of channels of each sample         (N, 1, G, C/G·HW, HW)      (N, G)
+layer, RMS           each line of the last axes                    (M, 1, 1, D, 1)            x's shape without these
+weight               each index of `dim`                           (1, A, O, B, B)            (O,)
+===================  ============================================  =========================  ==========================
+
+The other memory layouts are in fold.py. RMS and weight norm take the mean as 0. So a norm is its layout function, which
+says the above of an array, and a signature; :func:`_forward` and :func:`_backward` are the same for all.
 
 Names, argument order and error words follow PyTorch's functional API; `axis`, the axis that is *kept*, comes from Keras
-and TensorFlow. Shapes below: N samples, C channels.
+and TensorFlow. Shapes: N samples, C channels.
 """
 
 from __future__ import annotations
@@ -9,14 +24,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from operator import index
+from typing import Any
 
 import numpy as np
 
-from fusednorm import _C, arrays, fold
+from fusednorm import _C, arrays, fold, operands
 from fusednorm.arrays import Array
+from fusednorm.operands import FLOAT64, Layout, LayoutOf, Part
 
 Activation = str | tuple[str, float] | None
+_DType = np.dtype[Any]
+_Shape = tuple[int, ...]
 
 # The codes of csrc/core/epilogue.h.
 _ACTIVATIONS: dict[Activation, tuple[int, float]] = {
@@ -27,7 +46,6 @@ _ACTIVATIONS: dict[Activation, tuple[int, float]] = {
     "sigmoid": (4, 0.0),
     "tanh": (5, 0.0),
 }
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 def _activation(activation: Activation) -> tuple[int, float]:
@@ -43,228 +61,239 @@ def _activation(activation: Activation) -> tuple[int, float]:
     raise ValueError(f'activation must be one of {names} or ("leaky_relu", slope), not {activation!r}')
 
 
-def _floating(name: str, dtype: np.dtype[Any]) -> None:
-    if not arrays.is_floating(dtype):
-        raise TypeError(f"{name} has dtype {dtype}; float32, float64, float16 and bfloat16 are taken")
-
-
-def _ghost(ghost: object) -> None:
+def _check_ghosts(ghost: object) -> None:
     if ghost is not None and (isinstance(ghost, bool) or not isinstance(ghost, int | np.integer) or ghost < 1):
         raise ValueError(f"ghost_batch_size must be a positive integer or None, not {ghost!r}")
 
 
-class _Layout(NamedTuple):
-    """How an array is folded: one fold for the whole, or two where the last ghost batch is shorter."""
+@lru_cache(maxsize=4096)
+def _batch(shape: _Shape, strides: _Shape, dtype: _DType, axis: int, ghost: int | None) -> Layout | None:
+    _check_ghosts(ghost)
+    axis, samples = operands.channel_axis(shape, axis)
+    order = operands.order(shape, strides, dtype)
+    n, channels = shape[samples], shape[axis]
+    if order is None or (ghost and n > 1 and 0 not in shape and order[0] != samples):
+        return None
+    parts = _ghosts(shape, order, axis, samples, ghost) if ghost else (Part(fold.batch(shape, order, axis)),)
+    fewest = min((part.fold.per_statistic for part in parts), default=0)
+    few = f"Expected more than 1 value per channel when training, got input size {shape}" if fewest == 1 else ""
+    saved = (-(-n // ghost), channels) if ghost else (channels,)
+    return Layout(parts, saved, (channels,), axis, too_few=few, evaluation="training=False", positive_eps=True)
 
-    channels: int
-    fold: fold.Fold
-    rest: fold.Fold | None  # the last, shorter ghost batch
-    split: int  # samples before it
-    sample_axis: int
-    ghosts: int | None  # statistics per channel; None: no ghost batches asked for
-    fewest: int  # elements that the smallest statistic is taken over
+
+def _ghosts(shape: _Shape, order: _Shape, axis: int, samples: int, size: int) -> tuple[Part, ...]:
+    """The full ghost batches and the shorter last one."""
+    n, full = shape[samples], shape[samples] // size
+    parts = []
+    for first, ghosts, start, stop in ((0, full, 0, full * size), (full, 1, full * size, n)):
+        if stop > start:
+            cut = (*shape[:samples], stop - start, *shape[samples + 1 :])
+            index = None if stop - start == n else (*(slice(None),) * samples, slice(start, stop))
+            parts.append(Part(fold.batch(cut, order, axis, ghosts), index, first))
+    return tuple(parts)
 
 
 @lru_cache(maxsize=4096)
-def _layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], axis: int, ghost: int | None
-) -> _Layout | None:
-    """The folds of an array, or None where it must first be copied to C order. Cached: a model has few shapes."""
-    ndim = len(shape)
-    if ndim < 2:
-        raise ValueError(f"expected at least 2D input (got {ndim}D input)")
-    if not -ndim <= axis < ndim:
-        raise np.exceptions.AxisError(axis, ndim)
-    _floating("x", dtype)
-    axis %= ndim
-    order = fold.memory_order(shape, strides, dtype.itemsize)
-    if order is None or not dtype.isnative:
+def _group(shape: _Shape, strides: _Shape, dtype: _DType, axis: int, groups: int) -> Layout | None:
+    axis, samples = operands.channel_axis(shape, axis)
+    order = operands.order(shape, strides, dtype)
+    _check_groups(shape[axis], groups)
+    found = None if order is None else fold.group(shape, order, axis, groups)
+    return None if found is None else Layout((Part(found),), (shape[samples], groups), (shape[axis],), axis)
+
+
+def _check_groups(channels: int, groups: int) -> None:
+    if groups < 1:
+        raise ValueError(f"Expected num groups to be greater than 0, got {groups}")
+    if channels % groups:
+        raise ValueError(f"num_channels ({channels}) must be divisible by num_groups ({groups})")
+
+
+@lru_cache(maxsize=4096)
+def _instance(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Layout | None:
+    axis, samples = operands.channel_axis(shape, axis)
+    order = operands.order(shape, strides, dtype)
+    found = None if order is None else fold.group(shape, order, axis, shape[axis])
+    if found is None:
         return None
-    sample_axis = 1 if axis == 0 else 0
-    samples = shape[sample_axis]
-    per_sample = 1
-    for a, n in enumerate(shape):
-        per_sample *= n if a not in (axis, sample_axis) else 1
-    if ghost is None:
-        whole_fold = fold.batch(shape, order, axis)
-        return _Layout(shape[axis], whole_fold, None, samples, sample_axis, None, samples * per_sample)
-    if samples > 1 and order and order[0] != sample_axis and 0 not in shape:
-        return None
-    full, left = divmod(samples, ghost)
-    whole, rest = list(shape), list(shape)
-    whole[sample_axis], rest[sample_axis] = full * ghost, left
-    return _Layout(
-        shape[axis],
-        fold.batch(whole, order, axis, max(full, 1)),
-        fold.batch(rest, order, axis) if left else None,
-        full * ghost,
-        sample_axis,
-        full + (left > 0),
-        (left or ghost) * per_sample if samples else 0,
+    pixels = math.prod(shape[a] for a in range(len(shape)) if a not in (axis, samples))
+    few = f"Expected more than 1 spatial element when training, got input size {shape}" if pixels == 1 else ""
+    return Layout(
+        (Part(found),),
+        (shape[samples], shape[axis]),
+        (shape[axis],),
+        axis,
+        too_few=few,
+        evaluation="use_input_stats is false",
     )
 
 
-def _dense(x: Array, axis: int, ghost: int | None) -> tuple[Array, _Layout]:
-    """`x`, or a C-ordered copy of it, with its folds."""
-    if ghost is not None:
-        _ghost(ghost)
-    layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
-    if layout is None or not arrays.is_plain(x):
-        copy = arrays.empty(x.shape, x.dtype.newbyteorder("="), beside=x)
-        copy[...] = x
-        x = copy
-        layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
-        if layout is None:  # samples are not the slowest axis in C order
-            order = (1, 0, *range(2, x.ndim))
-            x = arrays.namespace(x).ascontiguousarray(x.transpose(order)).transpose(order)
-            layout = _layout(x.shape, x.strides, x.dtype, axis, ghost)
-            assert layout is not None
-    return x, layout
+@lru_cache(maxsize=4096)
+def _lines(shape: _Shape, strides: _Shape, dtype: _DType, normalized: int | _Shape) -> Layout | None:
+    normalized = _shape_of(normalized)
+    kept = shape[: max(len(shape) - len(normalized), 0)]
+    if shape[len(kept) :] != normalized:
+        expected = ", ".join(map(str, normalized))
+        raise ValueError(
+            f"Given normalized_shape={list(normalized)}, expected input with shape [*, {expected}], but got input of "
+            f"size{list(shape)}"
+        )
+    order = operands.order(shape, strides, dtype)
+    found = None if order is None else fold.layer(shape, order, len(normalized))
+    if order is None or found is None:
+        return None
+    long = [a for a in order if a < len(kept)]
+    as_lying = (*(a for a in range(len(kept)) if a not in long), *long)
+    return Layout((Part(found),), kept, normalized, order=None if long == sorted(long) else as_lying)
 
 
-def _alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
-    """An operand with x's shape and dtype, in memory like `laid_out`."""
-    a = arrays.taken(a, name)
-    arrays.expect_beside(a, name, x)
-    if a.shape != x.shape:
-        raise ValueError(f"{name} must have x's shape {x.shape}, got {a.shape}")
-    if a.dtype.newbyteorder("=") != laid_out.dtype:
-        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {a.dtype}")
-    return arrays.laid_out_like(a, laid_out)
+@lru_cache(maxsize=4096)
+def _weight(shape: _Shape, strides: _Shape, dtype: _DType, dim: int | None) -> Layout | None:
+    order = operands.order(shape, strides, dtype)
+    if order is None:
+        return None
+    size = math.prod(shape)
+    folded = fold.Fold(1, 1, 1, size, size) if dim is None else fold.batch(shape, order, dim)
+    return Layout((Part(folded),), (folded.groups,), (folded.groups,), dim or 0)
 
 
-def _positions(mask: object, x: Array, axis: int) -> Array:
-    """The mask of x's positions, flat, in the order in which the dense array `x` holds them."""
-    mask = arrays.taken(mask, "mask")
-    arrays.expect_beside(mask, "mask", x)
-    expected = x.shape[: axis % x.ndim] + x.shape[axis % x.ndim + 1 :]
-    if mask.dtype != np.bool_:
-        raise TypeError(f"mask must be boolean, not {mask.dtype}")
-    if mask.shape != expected:
-        raise ValueError(f"mask must have x's shape without axis {axis}, {expected}, got {mask.shape}")
-    order = fold.memory_order(x.shape, x.strides, x.itemsize) or ()
-    full: Array = mask[(*(slice(None),) * (axis % x.ndim), None)]
-    return full.transpose((*order, *(a for a in range(x.ndim) if a not in order))).ravel()
+def _shape_of(normalized_shape: int | Sequence[int]) -> _Shape:
+    if isinstance(normalized_shape, int | np.integer):
+        return (int(normalized_shape),)
+    shape = tuple(map(int, normalized_shape))
+    if not shape:
+        raise ValueError("Expected normalized_shape to be at least 1-dimensional, but got normalized_shape=[]")
+    return shape
 
 
-def _output(out: Array | None, x: Array, laid_out: Array, inputs: tuple[Array | None, ...]) -> Array:
-    """Where the kernel writes: `out` itself if it lies right, else a fresh array that `_deliver` copies from."""
-    if out is None:
-        return arrays.empty_like(laid_out)
-    out = arrays.taken(out, "out")
-    arrays.expect_beside(out, "out", x)
-    if out.shape != x.shape:
-        raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
-    if out.dtype.newbyteorder("=") != laid_out.dtype:
-        raise TypeError(f"out must have x's dtype {x.dtype}, got {out.dtype}")
-    if not arrays.is_writeable(out):
-        raise ValueError("out is read-only")
-    if out.size and 0 in out.strides and any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True)):
-        raise ValueError("out overlaps itself: one of its strides is 0")
-    if not _C.apart(out, inputs) and any(a is not None and arrays.overlaps(out, a) for a in inputs):
-        raise ValueError("out overlaps an input partly; it must be that input itself or lie apart from it")
-    if out.strides == laid_out.strides and arrays.is_plain(out):
-        return out
-    return arrays.empty_like(laid_out)
-
-
-def _deliver(result: Array, out: Array | None) -> Array:
-    if out is None or out is result:
-        return result
-    out[...] = result
-    return out
+def _hashable(normalized_shape: int | Sequence[int]) -> int | _Shape:
+    return normalized_shape if type(normalized_shape) in (int, tuple) else _shape_of(normalized_shape)  # type: ignore[return-value]
 
 
 @arrays.on_its_device
 def _forward(
     x: Array,
+    layout_of: LayoutOf,
+    how: tuple[Any, ...],
     weight: Array | None,
     bias: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    training: bool,
-    momentum: float,
-    counted: int,
     eps: float,
-    axis: int,
-    residual: Array | None,
-    activation: Activation,
-    ghost: int | None,
-    mask: Array | None,
     out: Array | None,
-) -> tuple[Array, Array, Array]:
-    """`counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average."""
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    training: bool = True,
+    momentum: float = 0.0,
+    counted: int = -1,
+    residual: Array | None = None,
+    activation: Activation = None,
+    mask: Array | None = None,
+    averaged: bool = False,
+    center: bool = True,
+) -> tuple[Array, Any, Array]:
+    """y, mean and rstd of every norm: the one whose layout function is `layout_of`, with the arguments `how`.
+
+    `counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average. `averaged`: running statistics
+    take in the samples' average. Without `center` the mean is 0, and None.
+    """
     given = x if type(x) is np.ndarray else arrays.taken(x, "x")
     code, slope = (0, 0.0) if activation is None else _activation(activation)
     if momentum is None:
         raise TypeError("momentum must be a number; only a layer takes None, for a cumulative average")
-    x, layout = _dense(given, axis, ghost)
+    x, layout = operands.dense(given, layout_of, how)
     if training:
-        if layout.fewest == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        if not eps > 0:
+        if layout.too_few:
+            raise ValueError(layout.too_few)
+        if not eps > 0 and layout.positive_eps:
             raise ValueError(f"batch_norm eps must be positive, but got {eps}")
     elif running_mean is None or running_var is None:
-        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+        raise ValueError(f"Expected running_mean and running_var to be defined when {layout.evaluation}")
     if residual is not None:
-        residual = _alike(residual, "residual", given, x)
-    weight, bias = arrays.beside(weight, "weight", x), arrays.beside(bias, "bias", x)
-    running_mean = arrays.beside(running_mean, "running_mean", x)
-    running_var = arrays.beside(running_var, "running_var", x)
-    out = arrays.beside(out, "out", x)
-    positions = None if mask is None else _positions(mask, x, axis)
-    if out is None and residual is None:
+        residual = operands.alike(residual, "residual", given, x)
+    if type(x) is not np.ndarray or layout.axis is None:
+        weight, bias = operands.parameter(weight, "weight", layout), operands.parameter(bias, "bias", layout)
+        running_mean = arrays.taken_if_any(running_mean, "running_mean")
+        running_var = arrays.taken_if_any(running_var, "running_var")
+    positions = None if mask is None else operands.positions(mask, x, layout)
+    if out is None:
         y = arrays.empty_like(x)
     else:
-        y = _output(out, given, x, (given, residual, weight, bias, running_mean, running_var))
-    if layout.ghosts is None:
-        mean, rstd = arrays.statistics(x, layout.channels)
-        queue = arrays.queue(x, layout.fold)
+        y, out = operands.output(out, given, x, (given, residual, weight, bias, running_mean, running_var))
+    mean, rstd = arrays.statistics(x, layout.saved)
+    used: tuple[Any, ...] = (x, residual, y, positions, mean if center else None, rstd)
+    for part in layout.parts:
+        folded, samples, first = part
+        x_, residual_, y_, positions_, mean_, rstd_ = used if samples is None else operands.cut(part, *used)
+        queue = arrays.queue(x, folded)
         _C.forward(
-            layout.fold, x, weight, bias, running_mean, running_var, residual, positions, y, mean, rstd,
-            training, momentum, counted, False, eps, code, slope, *queue,
+            folded, x_, weight, bias, running_mean, running_var, residual_, positions_, y_, mean_, rstd_,
+            training, momentum, counted if counted < 0 else counted + first, averaged, eps, code, slope, *queue,
         )  # fmt: skip
         if queue is not arrays.CPU:
             arrays.launched(queue, y, mean, rstd, positions)
-        return y if out is None else _deliver(y, out), mean, rstd
+    if layout.order is not None:
+        mean, rstd = layout.shaped(mean), layout.shaped(rstd)
+    if out is not None or x is not given:
+        y = operands.deliver(y, out, given)
+    return y, mean if center else None, rstd
 
-    mean, rstd = arrays.empty((2, layout.ghosts, layout.channels), _FLOAT64, beside=x)
-    if not training:  # the running statistics serve every ghost batch alike
-        if layout.ghosts:
-            whole = fold.batch(x.shape, fold.memory_order(x.shape, x.strides, x.itemsize) or (), axis % x.ndim)
-            queue = arrays.queue(x, whole)
-            _C.forward(
-                whole, x, weight, bias, running_mean, running_var, residual, None, y, mean[0], rstd[0],
-                False, momentum, counted, False, eps, code, slope, *queue,
-            )  # fmt: skip
-            arrays.launched(queue, y, mean, rstd)
-            mean[1:], rstd[1:] = mean[:1], rstd[:1]
-        return _deliver(y, out), mean, rstd
-    for part, fold_of_part, statistics in _parts(layout):
-        queue = arrays.queue(x, fold_of_part)
-        _C.forward(
-            fold_of_part, x[part], weight, bias, running_mean, running_var,
-            None if residual is None else residual[part], _part_of(positions, part, x), y[part],
-            mean[statistics], rstd[statistics],
-            training, momentum, counted if counted < 0 else counted + statistics.start, False, eps, code, slope, *queue,
+
+@arrays.on_its_device
+def _backward(
+    dy: Array,
+    x: Array,
+    layout_of: LayoutOf,
+    how: tuple[Any, ...],
+    mean: Array | None,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    out: Array | None,
+    constant: bool = False,
+    residual: Array | None = None,
+    activation: Activation = None,
+    mask: Array | None = None,
+) -> tuple[Array, Array, Array, Any]:
+    """dx, dweight, dbias and dresidual, or None, of every norm. `constant`: mean and rstd were not taken from x."""
+    given = x if type(x) is np.ndarray else arrays.taken(x, "x")
+    code, slope = (0, 0.0) if activation is None else _activation(activation)
+    x, layout = operands.dense(given, layout_of, how)
+    dy = operands.alike(dy, "dy", given, x)
+    if mean is not None:
+        mean = operands.statistics(mean, "mean", x, layout)
+    rstd = operands.statistics(rstd, "rstd", x, layout)
+    if residual is not None:
+        residual = operands.alike(residual, "residual", given, x)
+    weight, bias = operands.parameter(weight, "weight", layout), operands.parameter(bias, "bias", layout)
+    positions = None if mask is None else operands.positions(mask, x, layout)
+    if out is None:
+        dx = arrays.empty_like(x)
+    else:
+        dx, out = operands.output(out, given, x, (given, dy, residual, weight, bias))
+    dresidual = None if residual is None else arrays.empty_like(x)
+    dweight, dbias = operands.gradient(weight, x, layout), operands.gradient(bias, x, layout)
+    sums: Any = ((dweight, dbias),)
+    if layout.axis is None:
+        sums = ((dweight.reshape(-1), dbias.reshape(-1)),)
+    elif len(layout.parts) != 1:
+        sums = arrays.namespace(x).zeros((len(layout.parts), 2, *layout.parameters))
+    used: tuple[Any, ...] = (dy, x, residual, dx, dresidual, positions, mean, rstd)
+    for (dweight_, dbias_), part in zip(sums, layout.parts, strict=True):
+        folded, samples, _ = part
+        dy_, x_, residual_, dx_, dresidual_, positions_, mean_, rstd_ = (
+            used if samples is None else operands.cut(part, *used)
+        )
+        queue = arrays.queue(x, folded)
+        _C.backward(
+            folded, dy_, x_, mean_, rstd_, weight, bias, residual_, positions_, constant, code, slope,
+            dx_, dresidual_, dweight_, dbias_, *queue,
         )  # fmt: skip
-        arrays.launched(queue, y, mean, rstd, positions)
-    return _deliver(y, out), mean, rstd
-
-
-def _parts(layout: _Layout) -> list[tuple[tuple[slice, ...], fold.Fold, slice]]:
-    """The full ghost batches and the shorter last one: which samples, their fold, their rows of the statistics."""
-    before = (slice(None),) * layout.sample_axis
-    full = (layout.ghosts or 0) - (layout.rest is not None)
-    parts = [((*before, slice(0, layout.split)), layout.fold, slice(0, full))] if full else []
-    if layout.rest is not None:
-        parts.append(((*before, slice(layout.split, None)), layout.rest, slice(full, full + 1)))
-    return parts
-
-
-def _part_of(positions: Array | None, part: tuple[slice, ...], x: Array) -> Array | None:
-    """The positions of the samples in `part`; samples are the slowest axis of what has ghost batches."""
-    return None if positions is None else positions.reshape(x.shape[len(part) - 1], -1)[part[-1]].ravel()
+        if queue is not arrays.CPU:
+            arrays.launched(queue, dx, dresidual, dweight_, dbias_, mean, rstd, positions)
+    if len(layout.parts) != 1:
+        dweight[...], dbias[...] = sums.sum(0)
+    if out is not None or x is not given:
+        dx = operands.deliver(dx, out, given)
+    return dx, dweight, dbias, dresidual
 
 
 def batch_norm_forward(
@@ -336,8 +365,8 @@ def batch_norm_forward(
     and y is off by up to ``7e-46/|weight·rstd|`` of itself.
     """
     return _forward(
-        x, weight, bias, running_mean, running_var, training, momentum, -1, eps, axis, residual, activation,
-        ghost_batch_size, mask, out,
+        x, _batch, (axis, ghost_batch_size), weight, bias, eps, out, running_mean, running_var, training, momentum, -1,
+        residual, activation, mask,
     )  # fmt: skip
 
 
@@ -359,21 +388,11 @@ def batch_norm(
 ) -> Array:
     """Batch normalization in the order of ``torch.nn.functional.batch_norm``; see :func:`batch_norm_forward`."""
     return _forward(
-        x, weight, bias, running_mean, running_var, training, momentum, -1, eps, axis, residual, activation, None, mask,
-        out,
+        x, _batch, (axis, None), weight, bias, eps, out, running_mean, running_var, training, momentum, -1, residual,
+        activation, mask,
     )[0]  # fmt: skip
 
 
-def _statistics(a: object, name: str, shape: tuple[int, ...], x: Array) -> Array:
-    a = arrays.taken(a, name)
-    arrays.expect_beside(a, name, x)
-    if a.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {a.shape}")
-    _floating(name, a.dtype)
-    return arrays.namespace(a).asarray(a, np.float64, order="C")  # type: ignore[no-any-return]
-
-
-@arrays.on_its_device
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -418,176 +437,195 @@ def batch_norm_backward(
     ValueError, TypeError
         As the forward.
     """
-    given = arrays.taken(x, "x")
-    code, slope = _activation(activation)
-    x, layout = _dense(given, axis, ghost_batch_size)
-    dy = _alike(dy, "dy", given, x)
-    shape = (layout.channels,) if layout.ghosts is None else (layout.ghosts, layout.channels)
-    mean, rstd = _statistics(mean, "mean", shape, x), _statistics(rstd, "rstd", shape, x)
-    if residual is not None:
-        residual = _alike(residual, "residual", given, x)
-    positions = None if mask is None else _positions(mask, x, axis)
-    weight = None if weight is None else arrays.taken(weight, "weight")
-    bias = None if bias is None else arrays.taken(bias, "bias")
-    out = arrays.beside(out, "out", x)
-    dx = _output(out, given, x, (given, dy, residual, weight, bias))
-    dresidual = None if residual is None else arrays.empty_like(x)
-    default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
-    dweight = arrays.empty((layout.channels,), default if weight is None else weight.dtype, beside=x)
-    dbias = arrays.empty((layout.channels,), default if bias is None else bias.dtype, beside=x)
-    if layout.ghosts is None:
-        queue = arrays.queue(x, layout.fold)
-        _C.backward(
-            layout.fold, dy, x, mean, rstd, weight, bias, residual, positions, not training, code, slope,
-            dx, dresidual, dweight, dbias, *queue,
-        )  # fmt: skip
-        if queue is not arrays.CPU:
-            arrays.launched(queue, dx, dresidual, dweight, dbias, mean, rstd, positions)
-    else:
-        dweight[...], dbias[...] = 0, 0
-        sums = arrays.namespace(x).zeros((2, 2, layout.channels))
-        for i, (part, fold_of_part, statistics) in enumerate(_parts(layout)):
-            queue = arrays.queue(x, fold_of_part)
-            _C.backward(
-                fold_of_part, dy[part], x[part], mean[statistics], rstd[statistics], weight, bias,
-                None if residual is None else residual[part], _part_of(positions, part, x), not training, code, slope,
-                dx[part],
-                None if dresidual is None else dresidual[part], sums[i, 0], sums[i, 1], *queue,
-            )  # fmt: skip
-            arrays.launched(queue, dx, dresidual, sums, mean, rstd, positions)
-        dweight[...], dbias[...] = sums[0] + sums[1]
-    dx = _deliver(dx, out)
-    return (dx, dweight, dbias) if dresidual is None else (dx, dweight, dbias, dresidual)
+    gradients = _backward(
+        dy, x, _batch, (axis, ghost_batch_size), mean, rstd, weight, bias, out, not training, residual, activation, mask
+    )
+    return gradients[:3] if residual is None else gradients
 
 
-def _shape_of(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, int | np.integer):
-        return (int(normalized_shape),)
-    shape = tuple(map(int, normalized_shape))
-    if not shape:
-        raise ValueError("Expected normalized_shape to be at least 1-dimensional, but got normalized_shape=[]")
-    return shape
-
-
-def _normalized(x: Array, normalized_shape: int | Sequence[int], **parameters: Array | None) -> tuple[int, ...]:
-    """The lengths of the normalized axes, the last ones; parameters must have that shape."""
-    shape = _shape_of(normalized_shape)
-    if x.shape[-len(shape) :] != shape:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(
-            f"Given normalized_shape={list(shape)}, expected input with shape [*, {expected}], but got input of "
-            f"size{list(x.shape)}"
-        )
-    for name, a in parameters.items():
-        if a is not None and a.shape != shape:
-            raise ValueError(f"Expected {name} to be of same shape as normalized_shape, but got {a.shape} and {shape}")
-    return shape
-
-
-class _Lines(NamedTuple):
-    """How an array is seen as lines, one after the other in memory, and where the lines' statistics belong."""
-
-    fold: fold.Fold
-    kept: tuple[int, ...]  # lengths of the axes that are not normalized
-    order: tuple[int, ...] | None  # of these axes in memory; None: as they are
-
-    def shaped(self, statistic: Array) -> Array:
-        """From the lines' order to that of the kept axes."""
-        if self.order is None:
-            return statistic.reshape(self.kept)
-        lying = statistic.reshape([self.kept[a] for a in self.order]).transpose(np.argsort(self.order).tolist())
-        return np.ascontiguousarray(lying)
-
-    def flat(self, statistic: Array) -> Array:
-        """And back."""
-        return (statistic if self.order is None else statistic.transpose(self.order)).ravel()
-
-
-@lru_cache(maxsize=4096)
-def _line_layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any], normalized: int
-) -> _Lines | None:
-    """None where the array must first be copied to C order."""
-    _floating("x", dtype)
-    order = fold.memory_order(shape, strides, dtype.itemsize)
-    found = None if order is None else fold.layer(shape, order, normalized)
-    if order is None or found is None or not dtype.isnative:
-        return None
-    kept = shape[: len(shape) - normalized]
-    long = [a for a in order if a < len(kept)]
-    as_lying = (*(a for a in range(len(kept)) if a not in long), *long)
-    return _Lines(found, kept, None if long == sorted(long) else as_lying)
-
-
-def _lines(x: Array, normalized: int) -> tuple[Array, _Lines]:
-    """`x`, or a C-ordered copy of it, and its lines."""
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"x is on {arrays.device(x)}: layer and RMS norm run on the CPU only")
-    lines = _line_layout(x.shape, x.strides, x.dtype, normalized)
-    if lines is None or not arrays.is_plain(x):
-        copy = arrays.empty(x.shape, x.dtype.newbyteorder("="))
-        copy[...] = x
-        return _lines(copy, normalized)
-    return x, lines
-
-
-def _line(parameter: Array | None) -> Array | None:
-    return None if parameter is None else parameter.reshape(-1)
-
-
-def _line_forward(
+def instance_norm(
     x: Array,
-    normalized_shape: int | Sequence[int],
-    weight: Array | None,
-    bias: Array | None,
-    eps: float,
-    center: bool,
-    out: Array | None,
-) -> tuple[Array, Array | None, Array]:
-    given = arrays.taken(x, "x")
-    weight = None if weight is None else arrays.taken(weight, "weight")
-    bias = None if bias is None else arrays.taken(bias, "bias")
-    x, lines = _lines(given, len(_normalized(given, normalized_shape, weight=weight, bias=bias)))
-    y = _output(out, given, x, (given, weight, bias))
-    mean, rstd = arrays.statistics(x, lines.fold.statistics)
-    _C.forward(
-        lines.fold, x, _line(weight), _line(bias), None, None, None, None, y, mean if center else None, rstd,
-        True, 0.0, -1, False, eps, 0, 0.0,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Instance normalization in the order of ``torch.nn.functional.instance_norm``; see
+    :func:`instance_norm_forward`."""
+    return _forward(
+        x, _instance, (axis,), weight, bias, eps, out, running_mean, running_var, use_input_stats, momentum, mask=mask,
+        averaged=True,
+    )[0]  # fmt: skip
+
+
+def instance_norm_forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016): ``y = (x − mean)·rstd·weight + bias``, with
+    statistics of each channel of each sample.
+
+    Parameters
+    ----------
+    x : (N, C, *spatial) or any other place of C
+        float32, float64, float16 or bfloat16. The samples lie along the first axis that is not `axis`. Read where it
+        lies if it is dense and the samples are its slowest axis, else through a copy.
+    weight, bias : (C,), optional
+        Any of the four dtypes, whatever x's.
+    running_mean, running_var : (C,), optional
+        As in :func:`batch_norm_forward`, where the new values are the samples' averages: of the means, and of the
+        variances with n − 1. Used, and needed, where `use_input_stats` is False.
+    use_input_stats : bool
+        Whether the statistics are the instances' own or the running ones.
+    momentum : float
+        Weight of the new value in the running statistics.
+    eps : float
+        Added to the variance.
+    axis : int
+        The axis of the channels; -1 for channels last.
+    mask : bool, shape of x without `axis`, optional
+        True where a position counts for the statistics; y is computed everywhere. Statistics of fewer than two counted
+        elements are left out of the running ones.
+    out : like x, optional
+        Where y goes, any strides. It may be x itself; a backward needs the original x.
+
+    Returns
+    -------
+    y : like x
+    mean, rstd : float64, (N, C)
+        What the backward needs: ``rstd = 1/√(variance + eps)``.
+
+    Raises
+    ------
+    ValueError
+        One position with `use_input_stats`, running statistics missing without, sizes that do not fit, an array to be
+        written that is read-only or shares memory with another. AxisError for the axis.
+    TypeError
+        Arrays of another kind, other dtypes, momentum None.
+    """
+    return _forward(
+        x, _instance, (axis,), weight, bias, eps, out, running_mean, running_var, use_input_stats, momentum, mask=mask,
+        averaged=True,
     )  # fmt: skip
-    if x is not given and out is None:
-        y = arrays.laid_out_like(y, arrays.empty_like(given))
-    return _deliver(y, out), lines.shaped(mean) if center else None, lines.shaped(rstd)
 
 
-def _line_backward(
+def instance_norm_backward(
     dy: Array,
     x: Array,
-    mean: Array | None,
+    mean: Array,
     rstd: Array,
-    weight: Array | None,
-    bias: Array | None,
-    out: Array | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    use_input_stats: bool = True,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    given = arrays.taken(x, "x")
-    weight = None if weight is None else arrays.taken(weight, "weight")
-    bias = None if bias is None else arrays.taken(bias, "bias")
-    rstd = arrays.taken(rstd, "rstd")
-    shape = _normalized(given, given.shape[rstd.ndim :], weight=weight, bias=bias)
-    x, lines = _lines(given, len(shape))
-    dy = _alike(dy, "dy", given, x)
-    mean = None if mean is None else lines.flat(_statistics(mean, "mean", lines.kept, x))
-    rstd = lines.flat(_statistics(rstd, "rstd", lines.kept, x))
-    dx = _output(out, given, x, (given, dy, weight))
-    default = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
-    dweight = np.empty(shape, default if weight is None else weight.dtype)
-    dbias = np.empty(shape, default if bias is None else bias.dtype)
-    _C.backward(
-        lines.fold, dy, x, mean, rstd, _line(weight), None, None, None, False, 0, 0.0, dx, None, dweight.reshape(-1),
-        dbias.reshape(-1),
-    )  # fmt: skip
-    if x is not given and out is None:
-        dx = arrays.laid_out_like(dx, arrays.empty_like(given))
-    return _deliver(dx, out), dweight, dbias
+    """Gradients of :func:`instance_norm_forward`: dx like x, dweight and dbias (C,).
+
+    dy is like x, its memory layout may differ. mean and rstd are the forward's; `use_input_stats` False says that they
+    were constants. bias only says which dtype its gradient has.
+    `out`, where dx goes, may be dy or x itself. dweight and dbias are in the parameter's dtype; without one float32,
+    for float64 x float64. Raises as the forward.
+    """
+    return _backward(
+        dy, x, _instance, (axis,), mean, rstd, weight, bias, out, not use_input_stats, mask=mask
+    )[:3]  # fmt: skip
+
+
+def group_norm(
+    x: Array,
+    num_groups: int,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Group normalization in the order of ``torch.nn.functional.group_norm``; see :func:`group_norm_forward`."""
+    return _forward(x, _group, (axis, index(num_groups)), weight, bias, eps, out, mask=mask)[0]
+
+
+def group_norm_forward(
+    x: Array,
+    num_groups: int,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Group normalization (Wu & He 2018): ``y = (x − mean)·rstd·weight + bias``, with statistics of each group of
+    channels of each sample.
+
+    Parameters
+    ----------
+    x : (N, C), (N, C, *spatial) or any other place of C
+        As in :func:`instance_norm_forward`.
+    num_groups : int
+        How many groups of ``C / num_groups`` consecutive channels there are.
+    weight, bias, eps, axis, mask, out
+        As in :func:`instance_norm_forward`: a weight and a bias for each channel.
+
+    Returns
+    -------
+    y : like x
+    mean, rstd : float64, (N, num_groups)
+        What the backward needs: ``rstd = 1/√(variance + eps)``.
+
+    Raises
+    ------
+    ValueError
+        C not divisible by `num_groups`, sizes that do not fit, an `out` that is read-only or shares memory with another
+        array. AxisError for the axis.
+    TypeError
+        Arrays of another kind, other dtypes.
+    """
+    return _forward(x, _group, (axis, index(num_groups)), weight, bias, eps, out, mask=mask)
+
+
+def group_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axis: int = 1,
+    mask: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of :func:`group_norm_forward`: dx like x, dweight and dbias (C,).
+
+    The length of mean's second axis is the number of groups; else as in :func:`instance_norm_backward`.
+    """
+    mean = arrays.taken(mean, "mean")
+    if mean.ndim != 2:
+        raise ValueError(f"mean must have shape (N, num_groups), got {mean.shape}")
+    return _backward(dy, x, _group, (axis, mean.shape[1]), mean, rstd, weight, bias, out, mask=mask)[:3]
 
 
 def layer_norm(
@@ -600,7 +638,7 @@ def layer_norm(
     out: Array | None = None,
 ) -> Array:
     """Layer normalization in the order of ``torch.nn.functional.layer_norm``; see :func:`layer_norm_forward`."""
-    return _line_forward(x, normalized_shape, weight, bias, eps, True, out)[0]
+    return _forward(x, _lines, (_hashable(normalized_shape),), weight, bias, eps, out)[0]
 
 
 def layer_norm_forward(
@@ -641,9 +679,13 @@ def layer_norm_forward(
     TypeError
         Arrays of another kind, other dtypes.
     """
-    y, mean, rstd = _line_forward(x, normalized_shape, weight, bias, eps, True, out)
-    assert mean is not None
-    return y, mean, rstd
+    return _forward(x, _lines, (_hashable(normalized_shape),), weight, bias, eps, out)
+
+
+def _normalized_by(x: Array, rstd: Array) -> tuple[Array, _Shape]:
+    """x, and the lengths of its axes that the statistics lack: the normalized ones."""
+    x = arrays.taken(x, "x")
+    return x, x.shape[arrays.taken(rstd, "rstd").ndim :]
 
 
 def layer_norm_backward(
@@ -663,7 +705,8 @@ def layer_norm_backward(
     `out`, where dx goes, may be dy or x itself. dweight and dbias are in the parameter's dtype; without one float32,
     for float64 x float64. Raises as the forward.
     """
-    return _line_backward(dy, x, mean, rstd, weight, bias, out)
+    x, normalized = _normalized_by(x, rstd)
+    return _backward(dy, x, _lines, (normalized,), mean, rstd, weight, bias, out)[:3]
 
 
 def _finfo_eps(dtype: np.dtype[Any]) -> float:
@@ -696,9 +739,9 @@ def rms_norm_forward(
     Returns y and rstd.
     """
     x = arrays.taken(x, "x")
-    _floating("x", x.dtype)
+    operands.floating("x", x.dtype)
     eps = _finfo_eps(x.dtype) if eps is None else eps
-    y, _, rstd = _line_forward(x, normalized_shape, weight, None, eps, False, out)
+    y, _, rstd = _forward(x, _lines, (_hashable(normalized_shape),), weight, None, eps, out, center=False)
     return y, rstd
 
 
@@ -711,45 +754,95 @@ def rms_norm_backward(
     out: Array | None = None,
 ) -> tuple[Array, Array]:
     """Gradients of :func:`rms_norm_forward`, dx and dweight; arguments as in :func:`layer_norm_backward`."""
-    return _line_backward(dy, x, None, rstd, weight, None, out)[:2]
+    x, normalized = _normalized_by(x, rstd)
+    return _backward(dy, x, _lines, (normalized,), None, rstd, weight, None, out)[:2]
 
 
-def _kept_first(x: Array, reduced: frozenset[int]) -> tuple[Array, tuple[int, ...], fold.Fold, tuple[int, ...]]:
-    """x as it lies, or a copy with the kept axes first, and which axis of x each of its axes is; its fold; and the axes
-    that its statistics run over, in their order."""
-    order = fold.memory_order(x.shape, x.strides, x.itemsize) if arrays.is_plain(x) else None
-    found = None if order is None else fold.reduction(x.shape, order, reduced)
-    if order is not None and found is not None:
-        return x, tuple(range(x.ndim)), found, tuple(a for a in order if a not in reduced)
-    kept = tuple(a for a in range(x.ndim) if a not in reduced)
-    axes = (*kept, *sorted(reduced))
-    moved = x.transpose(axes)
-    x = arrays.empty(moved.shape, x.dtype.newbyteorder("="), beside=x)
-    x[...] = moved
-    s, n = math.prod(x.shape[: len(kept)]), math.prod(x.shape[len(kept) :])
-    return x, axes, fold.Fold(1, 1, s, n, n), kept
+def weight_norm(v: Array, g: Array, dim: int | None = 0, *, out: Array | None = None) -> Array:
+    """Weight normalization as PyTorch's ``weight_norm``; see :func:`weight_norm_forward`."""
+    return weight_norm_forward(v, g, dim, out=out)[0]
 
 
-def _axes(axes: int | Sequence[int], ndim: int) -> frozenset[int]:
-    wanted = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
-    for a in wanted:
-        if not -ndim <= a < ndim:
-            raise np.exceptions.AxisError(a, ndim)
-    unique = frozenset(int(a) % ndim for a in wanted)
-    if len(unique) != len(wanted):
-        raise ValueError(f"duplicate value in axes {wanted}")
-    return unique
+@arrays.on_its_device
+def weight_norm_forward(v: Array, g: Array, dim: int | None = 0, *, out: Array | None = None) -> tuple[Array, Array]:
+    """Weight normalization (Salimans & Kingma 2016): ``w = g·v/‖v‖``, of length g in the direction of v.
+
+    Parameters
+    ----------
+    v : any shape
+        float32, float64, float16 or bfloat16. Dense arrays of any axis order are read where they lie; others through a
+        copy.
+    g : shape of v with length 1 for every axis but `dim`; () where that is None
+        Any of the four dtypes, whatever v's.
+    dim : int or None
+        The axis that is kept: each of its indices has a length of its own. None: all of v has one. -1 is the last axis,
+        where PyTorch takes it for None.
+    out : like v, optional
+        Where w goes; it may be v itself. A backward needs the original v.
+
+    Returns
+    -------
+    w : like v
+        NaN where v is 0 and has no direction.
+    norm : float64, like g
+        ``√Σv²``, which the backward needs.
+
+    Raises
+    ------
+    ValueError
+        A g of another shape; an `out` that is read-only or shares memory with another array. AxisError for `dim`.
+    TypeError
+        Arrays of another kind, other dtypes.
+    """
+    dim, lengths, root = _lengths(v, g, dim)
+    w, _, rstd = _forward(v, _weight, (dim,), lengths, None, 0.0, out, center=False)
+    return w, (root / rstd).reshape(g.shape)
+
+
+@arrays.on_its_device
+def weight_norm_backward(
+    dw: Array, v: Array, g: Array, norm: Array, dim: int | None = 0, *, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Gradients of :func:`weight_norm_forward`: dv like v, dg like g.
+
+    dw is like v, its memory layout may differ. norm is the forward's. `out`, where dv goes, may be dw or v itself.
+    Raises as the forward.
+    """
+    dim, lengths, root = _lengths(v, g, dim)
+    norm = arrays.taken(norm, "norm")
+    if norm.shape != g.shape:
+        raise ValueError(f"norm must have shape {g.shape}, got {norm.shape}")
+    operands.floating("norm", norm.dtype)
+    with np.errstate(divide="ignore"):
+        rstd = root / norm.reshape(-1).astype(np.float64)
+    dv, dlengths, _, _ = _backward(dw, v, _weight, (dim,), None, rstd, lengths, None, out)
+    return dv, (dlengths / root).astype(g.dtype).reshape(g.shape)
+
+
+def _lengths(v: Array, g: Array, dim: int | None) -> tuple[int | None, Array, float]:
+    """`dim` from the first axis on, g/√n and √n: weight norm is RMS norm, ``w = (g/√n)·v/√(Σv²/n)``."""
+    v, g = arrays.taken(v, "v"), arrays.taken(g, "g")
+    operands.floating("v", v.dtype)
+    operands.floating("g", g.dtype)
+    if dim is not None and not -v.ndim <= dim < v.ndim:
+        raise np.exceptions.AxisError(dim, v.ndim)
+    dim = None if dim is None else dim % v.ndim
+    expected = () if dim is None else tuple(n if a == dim else 1 for a, n in enumerate(v.shape))
+    if g.shape != expected:
+        raise ValueError(f"g must have shape {expected}, got {g.shape}")
+    root = math.sqrt(max(v.size // max(g.size, 1), 1))
+    return dim, g.reshape(-1).astype(np.float64) / root, root
 
 
 @arrays.on_its_device
 def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, frozenset[int]]:
     """n, mean and m2 with the reduced axes kept as 1."""
     x = arrays.taken(x, "x")
-    _floating("x", x.dtype)
-    reduced = _axes(axes, x.ndim)
+    operands.floating("x", x.dtype)
+    reduced = operands.axes(axes, x.ndim)
     shape = x.shape
-    dense, _, folded, kept = _kept_first(x, reduced)
-    count, mean, m2 = arrays.empty((3, folded.statistics), _FLOAT64, beside=x)
+    dense, _, folded, kept = operands.kept_first(x, reduced)
+    count, mean, m2 = arrays.empty((3, folded.statistics), FLOAT64, beside=x)
     queue = arrays.queue(dense, folded)
     _C.moments(folded, dense, None, True, count, mean, m2, *queue)
     arrays.launched(queue, dense, count, mean, m2)
@@ -818,16 +911,16 @@ def batch_normalization(
     x = arrays.taken(x, "x")
     named = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
     given = {name: arrays.taken(a, name) for name, a in named.items() if a is not None or name in ("mean", "variance")}
-    _floating("x", x.dtype)
+    operands.floating("x", x.dtype)
     xp = arrays.namespace(x)
     for name, a in given.items():
         arrays.expect_beside(a, name, x)
-        _floating(name, a.dtype)
+        operands.floating(name, a.dtype)
         if a.ndim > x.ndim or any(n not in (1, m) for n, m in zip(a.shape[::-1], x.shape[::-1], strict=False)):
             raise ValueError(f"{name} of shape {a.shape} does not broadcast to x's shape {x.shape}")
     union = np.broadcast_shapes((1,) * x.ndim, *(a.shape for a in given.values()))
     reduced = frozenset(a for a in range(x.ndim) if union[a] == 1)
-    dense, axes, folded, kept = _kept_first(x, reduced)
+    dense, axes, folded, kept = operands.kept_first(x, reduced)
 
     def flat(name: str) -> Array | None:
         if name not in given:

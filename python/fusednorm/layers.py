@@ -15,7 +15,7 @@ from fusednorm.functional import Activation
 
 _L = TypeVar("_L", bound="_Layer")
 
-__all__ = ["BatchNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "WeightNorm"]
 
 
 def _dtype(dtype: Any) -> np.dtype[Any]:
@@ -35,10 +35,16 @@ def _array(value: Any, name: str) -> Array:
     return arrays.taken(value, name) if arrays.is_of_a_gpu(value) else np.asarray(value)
 
 
+def _own(name: str) -> property:
+    """One of a layer's arrays; assigning copies into it."""
+    return property(lambda layer: getattr(layer, "_" + name), lambda layer, value: layer._assign(name, value))
+
+
 class _Layer:
     """Arrays under PyTorch's names on one device, and what a call saves for its backward."""
 
     _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    _gradients: ClassVar[tuple[str, ...]] = ("weight_grad", "bias_grad")
 
     weight_grad: Array | None
     bias_grad: Array | None
@@ -48,7 +54,8 @@ class _Layer:
     def __init__(self, device: str, **initial: Array | None) -> None:
         self.device = "cpu"
         self.training = True
-        self.weight_grad = self.bias_grad = None
+        for name in self._gradients:
+            setattr(self, name, None)
         for name in self._arrays:
             setattr(self, "_" + name, initial[name])
         self._saved = threading.local()
@@ -65,21 +72,8 @@ class _Layer:
         with arrays.on(self.device):
             own[...] = value
 
-    @property
-    def weight(self) -> Array | None:
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self._assign("weight", value)
-
-    @property
-    def bias(self) -> Array | None:
-        return self._bias
-
-    @bias.setter
-    def bias(self, value: Any) -> None:
-        self._assign("bias", value)
+    weight = _own("weight")
+    bias = _own("bias")
 
     def _here(self, x: Array) -> None:
         """TypeError where x is not on the layer's device."""
@@ -106,7 +100,7 @@ class _Layer:
         the layer keeps using the arrays of before.
         """
         device = arrays.checked_device(device)
-        names = (*("_" + name for name in self._arrays), "weight_grad", "bias_grad")
+        names = (*("_" + name for name in self._arrays), *self._gradients)
         there = {name: getattr(self, name) for name in names}
         there = {name: None if a is None else arrays.moved(a, device) for name, a in there.items()}
         self.__dict__.update(there, device=device)
@@ -151,7 +145,63 @@ class _Layer:
         self._saved = threading.local()
 
 
-class BatchNorm(_Layer):
+class _Running(_Layer):
+    """A layer whose channels have running statistics."""
+
+    _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
+    _running_mean: Array | None
+    _running_var: Array | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        axis: int,
+        dtype: Any,
+        device: str,
+        **others: Array,
+    ) -> None:
+        kind = _dtype(dtype)
+        if momentum is not None and not isinstance(momentum, float | int | np.number):
+            raise TypeError(f"momentum must be a number or None, not {momentum!r}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.axis = axis
+        self.num_batches_tracked = 0
+        super().__init__(
+            device,
+            weight=np.ones(num_features, kind) if affine else None,
+            bias=np.zeros(num_features, kind) if affine else None,
+            running_mean=np.zeros(num_features, kind) if track_running_stats else None,
+            running_var=np.ones(num_features, kind) if track_running_stats else None,
+            **others,
+        )
+
+    def _assign(self, name: str, value: Any) -> None:
+        if name == "num_batches_tracked":
+            self.num_batches_tracked = int(value)
+        else:
+            super()._assign(name, value)
+
+    running_mean = _own("running_mean")
+    running_var = _own("running_var")
+
+    def _weighing(self) -> tuple[float, int]:
+        """Momentum and the count of batches as the functions take them; for a cumulative average none and the count."""
+        return (0.0, self.num_batches_tracked) if self.momentum is None else (self.momentum, -1)
+
+    def _state(self) -> dict[str, Array | None]:
+        tracked = np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None
+        return {**super()._state(), "num_batches_tracked": tracked}
+
+
+class BatchNorm(_Running):
     """Batch normalization over every axis but one (Ioffe & Szegedy 2015), with PyTorch's conventions.
 
     ``y = act((x − mean)/√(variance + eps)·weight + bias + residual)``. A layer starts in training mode, where mean and
@@ -195,10 +245,6 @@ class BatchNorm(_Layer):
     threads may evaluate one layer at once; training from several needs the caller's lock.
     """
 
-    _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
-    _running_mean: Array | None
-    _running_var: Array | None
-
     def __init__(
         self,
         num_features: int,
@@ -213,49 +259,11 @@ class BatchNorm(_Layer):
         dtype: Any = "float32",
         device: str = "cpu",
     ) -> None:
-        kind = _dtype(dtype)
         functional._activation(activation)
-        functional._ghost(ghost_batch_size)
-        if momentum is not None and not isinstance(momentum, float | int | np.number):
-            raise TypeError(f"momentum must be a number or None, not {momentum!r}")
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.axis = axis
+        functional._check_ghosts(ghost_batch_size)
         self.activation = activation
         self.ghost_batch_size = ghost_batch_size
-        self.num_batches_tracked = 0
-        super().__init__(
-            device,
-            weight=np.ones(num_features, kind) if affine else None,
-            bias=np.zeros(num_features, kind) if affine else None,
-            running_mean=np.zeros(num_features, kind) if track_running_stats else None,
-            running_var=np.ones(num_features, kind) if track_running_stats else None,
-        )
-
-    def _assign(self, name: str, value: Any) -> None:
-        if name == "num_batches_tracked":
-            self.num_batches_tracked = int(value)
-        else:
-            super()._assign(name, value)
-
-    @property
-    def running_mean(self) -> Array | None:
-        return self._running_mean
-
-    @running_mean.setter
-    def running_mean(self, value: Any) -> None:
-        self._assign("running_mean", value)
-
-    @property
-    def running_var(self) -> Array | None:
-        return self._running_var
-
-    @running_var.setter
-    def running_var(self, value: Any) -> None:
-        self._assign("running_var", value)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, axis, dtype, device)
 
     def __call__(
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
@@ -264,25 +272,23 @@ class BatchNorm(_Layer):
         self._here(x)
         training, tracked = self.training, self.track_running_stats
         batch_statistics = training or not tracked
-        count, momentum = -1, self.momentum
-        if momentum is None:
-            count, momentum = self.num_batches_tracked, 0.0
+        momentum, counted = self._weighing()
         y, mean, rstd = functional._forward(
             x,
+            functional._batch,
+            (self.axis, self.ghost_batch_size),
             self._weight,
             self._bias,
+            self.eps,
+            out,
             self._running_mean,
             self._running_var,
             batch_statistics,
             momentum,
-            count,
-            self.eps,
-            self.axis,
+            counted,
             residual,
             self.activation,
-            self.ghost_batch_size,
             mask,
-            out,
         )
         if training and tracked and y.size:
             self.num_batches_tracked += 1 if mean.ndim == 1 else mean.shape[0]
@@ -332,15 +338,156 @@ class BatchNorm(_Layer):
                 shift = shift + self._bias.astype(np.float64)
         return scale, shift
 
-    def _state(self) -> dict[str, Array | None]:
-        tracked = np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None
-        return {**super()._state(), "num_batches_tracked": tracked}
-
     def __repr__(self) -> str:
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, axis={self.axis}, activation={self.activation!r}, "
             f"ghost_batch_size={self.ghost_batch_size})"
+        )
+
+
+class InstanceNorm(_Running):
+    """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016), each channel of each sample by itself:
+    ``y = (x − mean)/√(variance + eps)·weight + bias``, with PyTorch's conventions and defaults.
+
+    With running statistics, which take in the samples' average, these are used after :meth:`eval`; without, training
+    and evaluation are the same.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, axis, dtype, device
+        As in :class:`BatchNorm`.
+    affine : bool
+        Whether there are a weight (ones) and a bias (zeros).
+    track_running_stats : bool
+        Whether there are running statistics.
+
+    Attributes and what a call keeps are those of :class:`BatchNorm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        axis: int = 1,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, axis, dtype, device)
+
+    def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
+        """y for x of shape (N, C, *spatial) or with C at `axis`; raises as :func:`instance_norm_forward`."""
+        self._here(x)
+        own = self.training or not self.track_running_stats
+        y, mean, rstd = functional._forward(
+            x,
+            functional._instance,
+            (self.axis,),
+            self._weight,
+            self._bias,
+            self.eps,
+            out,
+            self._running_mean,
+            self._running_var,
+            own,
+            *self._weighing(),
+            mask=mask,
+            averaged=True,
+        )
+        if own and self.track_running_stats and y.size:
+            self.num_batches_tracked += 1
+        self._saved.call = (x, mean, rstd, own, mask)
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """dx; sets weight_grad and bias_grad. RuntimeError where there was no call since the last backward."""
+        x, mean, rstd, own, mask = self._take_saved()
+        dx, dweight, dbias = functional.instance_norm_backward(
+            dy, x, mean, rstd, self._weight, self._bias, use_input_stats=own, axis=self.axis, mask=mask, out=out
+        )
+        self._saved.call = None
+        if self.affine:
+            self.weight_grad, self.bias_grad = dweight, dbias
+        return dx
+
+    def __repr__(self) -> str:
+        return (
+            f"InstanceNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, axis={self.axis})"
+        )
+
+
+class GroupNorm(_Layer):
+    """Group normalization (Wu & He 2018): ``y = (x − mean)·rstd·weight + bias``, statistics over groups of channels.
+
+    Parameters
+    ----------
+    num_groups : int
+        Groups of ``num_channels / num_groups`` consecutive channels; each has statistics of its own, in each sample.
+    num_channels : int
+        C, the length of `axis`.
+    eps : float
+        Added to the variance.
+    affine : bool
+        Whether there are a weight (ones) and a bias (zeros) for each channel.
+    axis, dtype, device
+        As in :class:`BatchNorm`.
+
+    Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same. ValueError
+    where `num_channels` is not divisible by `num_groups`.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        axis: int = 1,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        kind = _dtype(dtype)
+        functional._check_groups(num_channels, num_groups)
+        self.num_groups = num_groups
+        self.num_channels = num_channels
+        self.eps = eps
+        self.affine = affine
+        self.axis = axis
+        super().__init__(
+            device,
+            weight=np.ones(num_channels, kind) if affine else None,
+            bias=np.zeros(num_channels, kind) if affine else None,
+        )
+
+    def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
+        """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`group_norm_forward`."""
+        self._here(x)
+        y, mean, rstd = functional.group_norm_forward(
+            x, self.num_groups, self._weight, self._bias, self.eps, axis=self.axis, mask=mask, out=out
+        )
+        self._saved.call = (x, mean, rstd, mask)
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """dx; sets weight_grad and bias_grad. RuntimeError where there was no call since the last backward."""
+        x, mean, rstd, mask = self._take_saved()
+        dx, dweight, dbias = functional.group_norm_backward(
+            dy, x, mean, rstd, self._weight, self._bias, axis=self.axis, mask=mask, out=out
+        )
+        self._saved.call = None
+        if self.affine:
+            self.weight_grad, self.bias_grad = dweight, dbias
+        return dx
+
+    def __repr__(self) -> str:
+        return (
+            f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, axis={self.axis})"
         )
 
 
@@ -446,3 +593,75 @@ class RMSNorm(_Layer):
 
     def __repr__(self) -> str:
         return f"RMSNorm({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine})"
+
+
+class WeightNorm(_Layer):
+    """Weight normalization (Salimans & Kingma 2016): a weight as its length g and its direction v, ``w = g·v/‖v‖``.
+
+    It depends on no data: unlike the other norms it is the same for every batch, and in inference it is computed once,
+    by :meth:`fold`. In training, call the layer once a step, use what it returns as the weight of a linear layer or a
+    convolution, and give :meth:`backward` the gradient of that weight.
+
+    Parameters
+    ----------
+    weight : array
+        The weight to begin with: v is a copy of it and g its norms, as in PyTorch, so that ``w = weight``.
+    dim : int or None
+        The axis whose indices have a length of their own, that of the output features; None: one length for all.
+    dtype : dtype of v and g; None: the weight's
+    device : "cpu", "cuda", "cuda:0", …
+        Where the layer's arrays are, as in :class:`BatchNorm`.
+
+    Attributes
+    ----------
+    weight_g : (1, …, O, …, 1) array, O on axis `dim`; () where that is None
+    weight_v : array like the weight
+        Optimizers write into them in place; assigning copies into them. The names are those of
+        ``torch.nn.utils.weight_norm``; PyTorch's parametrization calls them original0 and original1.
+    weight_g_grad, weight_v_grad : arrays or None
+        Set by :meth:`backward`, in the parameter's dtype.
+    """
+
+    _arrays: ClassVar[tuple[str, ...]] = ("weight_g", "weight_v")
+    _gradients: ClassVar[tuple[str, ...]] = ("weight_g_grad", "weight_v_grad")
+    weight_g = _own("weight_g")
+    weight_v = _own("weight_v")
+    weight_g_grad: Array | None
+    weight_v_grad: Array | None
+    _weight_g: Array
+    _weight_v: Array
+
+    def __init__(self, weight: Array, dim: int | None = 0, *, dtype: Any = None, device: str = "cpu") -> None:
+        v = arrays.taken(weight, "weight")
+        kind = _dtype(v.dtype if dtype is None else dtype)
+        v = np.array(arrays.moved(v, "cpu"), kind, order="C")
+        if dim is not None and not -v.ndim <= dim < v.ndim:
+            raise np.exceptions.AxisError(dim, v.ndim)
+        shape = [n if dim is not None and a == dim % v.ndim else 1 for a, n in enumerate(v.shape)]
+        norm = functional.weight_norm_forward(v, np.ones(shape if dim is not None else (), kind), dim)[1]
+        self.dim = dim
+        super().__init__(device, weight_g=norm.astype(kind), weight_v=v)
+
+    def __call__(self, *, out: Array | None = None) -> Array:
+        """The weight; raises as :func:`weight_norm_forward`."""
+        w, norm = functional.weight_norm_forward(self._weight_v, self._weight_g, self.dim, out=out)
+        self._saved.call = norm
+        return w
+
+    def backward(self, dw: Array) -> None:
+        """Sets weight_g_grad and weight_v_grad. RuntimeError where there was no call since the last backward.
+
+        v and g must be as they were in the call: take the optimizer's step afterwards.
+        """
+        norm = self._take_saved()
+        self._here(dw)
+        dv, dg = functional.weight_norm_backward(dw, self._weight_v, self._weight_g, norm, self.dim)
+        self._saved.call = None
+        self.weight_v_grad, self.weight_g_grad = dv, dg
+
+    def fold(self) -> Array:
+        """The weight as a plain array, for inference without the layer."""
+        return functional.weight_norm(self._weight_v, self._weight_g, self.dim)
+
+    def __repr__(self) -> str:
+        return f"WeightNorm({self._weight_v.shape}, dim={self.dim})"

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fusednorm import _C, arrays, functional
+from fusednorm import _C, arrays, functional, operands
 from fusednorm.arrays import Array
 from fusednorm.statistics import Moments
 
@@ -149,15 +149,15 @@ def _scaled(x: Array, mean: Array, factor: Array, shift: Array, in_place: bool) 
     """(x − mean)·factor + shift of each feature, in one pass."""
     if x.dtype != _FLOAT64 and not np.all(np.isnan(factor) | ((factor > _FACTORS[0]) & (factor < _FACTORS[1]))):
         y = _scaled(x.astype(_FLOAT64), mean, factor, shift, True).astype(x.dtype)
-        return functional._deliver(y, x if in_place else None)
-    dense, layout = functional._dense(x, 1, None)
-    out = x if in_place else None
-    y = functional._output(out, x, dense, (x,))
+        return operands.deliver(y, x if in_place else None, x)
+    dense, layout = operands.dense(x, functional._batch, (1, None))
+    (part,) = layout.parts
+    y, out = operands.output(x, x, dense, (x,)) if in_place else (arrays.empty_like(dense), None)
     mean, factor, shift = (arrays.moved(a, arrays.device(x)) for a in (mean, factor, shift))
-    queue = arrays.queue(dense, layout.fold)
-    _C.normalize(layout.fold, dense, mean, factor, None, shift, None, 0, 0.0, y, *queue)
+    queue = arrays.queue(dense, part.fold)
+    _C.normalize(part.fold, dense, mean, factor, None, shift, None, 0, 0.0, y, *queue)
     arrays.launched(queue, dense, y, mean, factor, shift)
-    return functional._deliver(y, out)
+    return operands.deliver(y, out, x)
 
 
 _Self = TypeVar("_Self", bound="_Transformer")

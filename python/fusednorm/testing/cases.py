@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -45,14 +46,17 @@ class Case:
 
     Attributes:
         name: unique in its list, made of letters, digits, ``-``, ``_`` and ``.``.
-        norm: ``batch``, ``layer`` or ``rms``. What follows says "statistic" for what it is taken over: a channel or,
-            of layer and RMS norm, a line, all of the last ``normalized`` axes.
-        shape, axis: of x; ``axis`` holds the channels of batch norm.
+        norm: ``batch``, ``instance``, ``group``, ``layer``, ``rms`` or ``weight``. What follows says "statistic" for
+            what it is taken over: a channel, of all samples or of each, a group of channels, or a line, all of the last
+            ``normalized`` axes.
+        shape, axis: of x; ``axis`` holds the channels, and is weight norm's ``dim``. Of layer and RMS norm it has no
+            meaning.
         normalized: how many axes layer and RMS norm normalize over.
+        groups: of group norm.
         dtype: of x, y, dy, dx, residual: ``float32``, ``float64``, ``float16`` or ``bfloat16``.
         param_dtype: of weight, bias and the running statistics.
         affine: with weight and bias.
-        training: with batch statistics; otherwise with running ones, in the backward as well.
+        training: with the statistics of x; otherwise with running ones, in the backward as well.
         running: with running statistics; evaluation needs them.
         residual, activation, ghost_batch_size, eps, momentum: the arguments of that name.
         mask: with a mask that counts about 70% of the positions.
@@ -68,6 +72,7 @@ class Case:
     norm: str = "batch"
     axis: int = 1
     normalized: int = 1
+    groups: int = 1
     dtype: str = "float32"
     param_dtype: str = "float32"
     affine: bool = True
@@ -101,22 +106,52 @@ class Case:
 
     @property
     def on_cpu_only(self) -> bool:
-        """No CUDA kernel takes lines."""
-        return self.has_lines
+        """No CUDA kernel takes lines, nor groups of channels."""
+        return self.has_lines or self.norm in ("group", "weight")
 
     @property
     def normalized_shape(self) -> tuple[int, ...]:
         return self.shape[len(self.shape) - self.normalized :]
 
     @property
+    def cells(self) -> tuple[int, int, int, int]:
+        """(N, G, K, P): x as N·G statistics over K channels of P positions each; of batch norm without ghost batches.
+
+        Layer and RMS norm are group norm with one group, and lines for samples; weight norm is instance norm with one
+        sample.
+        """
+        if self.has_lines:
+            return math.prod(self.shape[: len(self.shape) - self.normalized]), 1, math.prod(self.normalized_shape), 1
+        samples = self.shape[1 if self.axis % len(self.shape) == 0 else 0] if self.norm in ("instance", "group") else 1
+        groups, share = self.channels, 1
+        if self.norm == "group":
+            groups, share = self.groups, self.channels // self.groups
+        positions = math.prod(n for a, n in enumerate(self.shape) if a != self.axis % len(self.shape))
+        return samples, groups, share, positions // samples if samples else 0
+
+    @property
     def statistics(self) -> int:
         """How many there are, without ghost batches."""
-        return math.prod(self.shape[: len(self.shape) - self.normalized]) if self.has_lines else self.channels
+        return self.cells[0] * self.cells[1]
+
+    @property
+    def saved_shape(self) -> tuple[int, ...]:
+        """Of mean and rstd, without ghost batches."""
+        if self.has_lines:
+            return self.shape[: len(self.shape) - self.normalized]
+        return self.cells[:2] if self.norm in ("instance", "group") else (self.channels,)
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
         """Of weight and bias."""
+        if self.norm == "weight":
+            return tuple(n if a == self.axis % len(self.shape) else 1 for a, n in enumerate(self.shape))
         return self.normalized_shape if self.has_lines else (self.channels,)
+
+    @property
+    def centered(self) -> bool:
+        """Whether the mean is taken off."""
+        return self.norm not in ("rms", "weight")
 
     @property
     def channels(self) -> int:
@@ -159,7 +194,7 @@ class Inputs:
 class Outputs:
     """What a forward and a backward call returned, on the host; None where the case has none.
 
-    The running statistics are the values after the call.
+    The running statistics are the values after the call. Of weight norm rstd is √n/norm.
     """
 
     y: Array
@@ -202,6 +237,18 @@ class Functions(Protocol):
     def batch_norm_backward(self) -> Callable[..., Any]: ...
 
     @property
+    def instance_norm_forward(self) -> Callable[..., Any]: ...
+
+    @property
+    def instance_norm_backward(self) -> Callable[..., Any]: ...
+
+    @property
+    def group_norm_forward(self) -> Callable[..., Any]: ...
+
+    @property
+    def group_norm_backward(self) -> Callable[..., Any]: ...
+
+    @property
     def layer_norm_forward(self) -> Callable[..., Any]: ...
 
     @property
@@ -212,6 +259,12 @@ class Functions(Protocol):
 
     @property
     def rms_norm_backward(self) -> Callable[..., Any]: ...
+
+    @property
+    def weight_norm_forward(self) -> Callable[..., Any]: ...
+
+    @property
+    def weight_norm_backward(self) -> Callable[..., Any]: ...
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -234,7 +287,6 @@ def make(case: Case, seed: int = 0) -> Inputs:
         ModuleNotFoundError: a module of ``case.requires`` is missing.
     """
     rng = np.random.default_rng(seed)
-    lines = case.shape[: len(case.shape) - case.normalized]
     statistics = np.arange(case.statistics)
     sigma = np.array([0.5, 1.0, 2.0])[statistics % 3]
     center = case.offset * sigma * np.where(statistics % 2 == 0, 1, -1)
@@ -250,23 +302,24 @@ def make(case: Case, seed: int = 0) -> Inputs:
         return rng.standard_normal(case.shape, dtype=drawn)
 
     def spread(statistic: Float64) -> Array:
-        shaped = statistic.reshape(*lines, *(1,) * case.normalized) if case.has_lines else _along(statistic, case)
-        return shaped.astype(drawn)
+        samples, groups, *_ = case.cells
+        return _from_cells(statistic.reshape(samples, groups, 1, 1), case).astype(drawn)
 
     x = normal()
-    if case.outlier and case.has_lines:
-        x.reshape(case.statistics, -1)[:, 0] = 100
-    elif case.outlier:
-        np.moveaxis(x, case.axis, -1)[(0,) * (x.ndim - 1)] = 100
+    if case.outlier:
+        first = np.zeros(case.cells, np.bool_)
+        first[:, :, 0, 0] = True
+        x[_from_cells(first, case)] = 100
     x *= spread(sigma)
     x += spread(center)
 
     weight = bias = running_mean = running_var = residual = mask = None
     if case.affine:
         weight = (1 + 0.5 * rng.standard_normal(case.parameter_shape)).astype(param_dtype)
-    if case.affine and case.norm != "rms":
+    if case.affine and case.centered:
         bias = rng.standard_normal(case.parameter_shape).astype(param_dtype)
     if case.running:
+        center, sigma = np.resize(center, case.channels), np.resize(sigma, case.channels)  # those of the first sample
         running_mean = (center + 0.1 * sigma * rng.standard_normal(case.channels)).astype(param_dtype)
         running_var = (sigma**2 * rng.uniform(0.5, 1.5, case.channels)).astype(param_dtype)
     if case.mask:
@@ -305,52 +358,45 @@ def run(
         field.name: None if (array := getattr(inputs, field.name)) is None else to_device(array)
         for field in fields(inputs)
     }
-    if case.has_lines:
-        return _run_lines(case, arrays, functions, to_host)
-    options: dict[str, Any] = {
-        "training": case.training,
-        "axis": case.axis,
-        "residual": arrays["residual"],
-        "activation": case.activation,
-        "ghost_batch_size": case.ghost_batch_size,
-    }
-    if case.mask:
-        options["mask"] = arrays["mask"]
-    y, mean, rstd = functions.batch_norm_forward(
-        arrays["x"],
-        arrays["weight"],
-        arrays["bias"],
-        running_mean=arrays["running_mean"],
-        running_var=arrays["running_var"],
-        momentum=case.momentum,
-        eps=case.eps,
-        **options,
-    )
-    dx, dweight, dbias, *rest = functions.batch_norm_backward(
-        arrays["dy"], arrays["x"], mean, rstd, arrays["weight"], arrays["bias"], **options
-    )
-    return Outputs(
-        y=to_host(y),
-        mean=to_host(mean),
-        rstd=to_host(rstd),
-        dx=to_host(dx),
-        dweight=to_host(dweight),
-        dbias=to_host(dbias),
-        dresidual=to_host(rest[0]) if rest else None,
-        running_mean=to_host(arrays["running_mean"]) if case.running else None,
-        running_var=to_host(arrays["running_var"]) if case.running else None,
-    )
-
-
-def _run_lines(case: Case, arrays: dict[str, Any], functions: Functions, to_host: Callable[[Any], Array]) -> Outputs:
-    x, dy, weight, bias, shape = arrays["x"], arrays["dy"], arrays["weight"], arrays["bias"], case.normalized_shape
+    x, dy, weight, bias = (arrays[name] for name in ("x", "dy", "weight", "bias"))
     mean = dbias = None
-    if case.norm == "layer":
-        y, mean, rstd = functions.layer_norm_forward(x, shape, weight, bias, case.eps)
+    rest: list[Any] = []
+    if case.norm == "batch":
+        options: dict[str, Any] = {
+            "training": case.training,
+            "axis": case.axis,
+            "residual": arrays["residual"],
+            "activation": case.activation,
+            "ghost_batch_size": case.ghost_batch_size,
+            **({"mask": arrays["mask"]} if case.mask else {}),
+        }
+        running = {name: arrays[name] for name in ("running_mean", "running_var")}
+        y, mean, rstd = functions.batch_norm_forward(
+            x, weight, bias, **running, momentum=case.momentum, eps=case.eps, **options
+        )
+        dx, dweight, dbias, *rest = functions.batch_norm_backward(dy, x, mean, rstd, weight, bias, **options)
+    elif case.norm == "instance":
+        options = {"use_input_stats": case.training, "axis": case.axis, "mask": arrays["mask"]}
+        running = {name: arrays[name] for name in ("running_mean", "running_var")}
+        y, mean, rstd = functions.instance_norm_forward(
+            x, weight, bias, **running, momentum=case.momentum, eps=case.eps, **options
+        )
+        dx, dweight, dbias = functions.instance_norm_backward(dy, x, mean, rstd, weight, bias, **options)
+    elif case.norm == "group":
+        options = {"axis": case.axis, "mask": arrays["mask"]}
+        y, mean, rstd = functions.group_norm_forward(x, case.groups, weight, bias, case.eps, **options)
+        dx, dweight, dbias = functions.group_norm_backward(dy, x, mean, rstd, weight, bias, **options)
+    elif case.norm == "layer":
+        y, mean, rstd = functions.layer_norm_forward(x, case.normalized_shape, weight, bias, case.eps)
         dx, dweight, dbias = functions.layer_norm_backward(dy, x, mean, rstd, weight, bias)
-    else:
-        y, rstd = functions.rms_norm_forward(x, shape, weight, case.eps)
+    elif case.norm == "rms":
+        y, rstd = functions.rms_norm_forward(x, case.normalized_shape, weight, case.eps)
         dx, dweight = functions.rms_norm_backward(dy, x, rstd, weight)
+    else:
+        y, norm = functions.weight_norm_forward(x, weight, case.axis)
+        dx, dweight = functions.weight_norm_backward(dy, x, weight, norm, case.axis)
+        with np.errstate(divide="ignore"):
+            rstd = math.sqrt(max(case.cells[3], 1)) / norm.reshape(-1)
     return Outputs(
         y=to_host(y),
         mean=None if mean is None else to_host(mean),
@@ -358,9 +404,9 @@ def _run_lines(case: Case, arrays: dict[str, Any], functions: Functions, to_host
         dx=to_host(dx),
         dweight=to_host(dweight),
         dbias=None if dbias is None else to_host(dbias),
-        dresidual=None,
-        running_mean=None,
-        running_var=None,
+        dresidual=to_host(rest[0]) if rest else None,
+        running_mean=to_host(arrays["running_mean"]) if case.running else None,
+        running_var=to_host(arrays["running_var"]) if case.running else None,
     )
 
 
@@ -371,7 +417,7 @@ def expected(case: Case, inputs: Inputs) -> Outputs:
 
 def compare(case: Case, inputs: Inputs, expected: Outputs, got: Outputs) -> list[Deviation]:
     """Measure ``got`` against ``expected``, one deviation for each result the case has."""
-    allowed = (_line_bounds if case.has_lines else bounds)(case, inputs, expected)
+    allowed = bounds(case, inputs, expected)
     dtypes = {
         "y": case.dtype,
         "mean": "float64",
@@ -432,6 +478,8 @@ def bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
     Half types add their rounding of the output; float64's dweight and dbias that of float32 parameters. Maxima and sums
     run over one channel, so that no channel hides behind a larger one.
     """
+    if case.norm != "batch":
+        return _cell_bounds(case, inputs, expected)
     assert expected.mean is not None
     assert expected.dbias is not None
     x, dy = _float64(inputs.x), _float64(inputs.dy)
@@ -513,32 +561,43 @@ def _stored(case: Case, bound: Float64, value: Float64, dtype: str) -> Float64:
     return bound + UNIT_ROUNDOFF[dtype] * (np.abs(value) + bound) + UNDERFLOW[dtype]
 
 
-def _line_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
-    """:func:`bounds` for layer and RMS norm, by the same count of roundings, with a line in place of a channel.
+def _cell_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
+    """:func:`bounds` for the other norms, by the same count of roundings, on arrays of the shape ``case.cells``.
 
-    Only dweight and dbias run across the lines. Each line brings its own error of the mean into them, which xhat
-    inherits as ``mean_bound * rstd`` also where xhat itself is small.
+    A statistic is over several channels, so maxima run over the statistic, and weights stay outside of them where they
+    do in the formulas: y depends on its own weight, dx on all those of its statistic. A channel's dweight and dbias run
+    across statistics. Each brings its own error of the mean into them, which xhat inherits as ``mean_bound * rstd``
+    also where xhat itself is small.
+
+    Weight norm is RMS norm with the weight g/√n.
     """
-    axes = tuple(range(len(case.shape) - case.normalized, len(case.shape)))
-    lines = tuple(range(len(case.shape) - case.normalized))
-    x, dy = _float64(inputs.x), _float64(inputs.dy)
-    weight = np.ones(case.normalized_shape) if inputs.weight is None else _float64(inputs.weight)
-    bias = np.zeros(case.normalized_shape) if inputs.bias is None else _float64(inputs.bias)
-    rstd = np.expand_dims(expected.rstd, axes)
-    mean = np.zeros_like(rstd) if expected.mean is None else np.expand_dims(expected.mean, axes)
+    samples, groups, share, positions = case.cells
+    root = math.sqrt(max(positions, 1)) if case.norm == "weight" else 1.0
+    x, dy = _to_cells(_float64(inputs.x), case), _to_cells(_float64(inputs.dy), case)
+    weight = np.ones((1, groups, share, 1))
+    if inputs.weight is not None:
+        weight = _float64(inputs.weight).reshape(weight.shape) / root
+    bias = 0.0 * weight if inputs.bias is None else _float64(inputs.bias).reshape(weight.shape)
+    rstd = expected.rstd.reshape(samples, groups, 1, 1)
+    mean = np.zeros_like(rstd) if expected.mean is None else expected.mean.reshape(rstd.shape)
     mean_bound, var_bound = _statistics_bounds(case, mean, rstd)
-    if case.norm == "rms":
+    if not case.centered:
         mean_bound = np.zeros_like(rstd)
 
     def most(values: Float64) -> Float64:
-        """The maximum over each line."""
-        maxima: Float64 = np.max(np.broadcast_to(values, case.shape), axis=axes, keepdims=True, initial=0.0)
+        """The maximum over each statistic."""
+        maxima: Float64 = np.max(np.broadcast_to(values, case.cells), axis=(2, 3), keepdims=True, initial=0.0)
         return maxima
 
+    def total(values: Float64) -> Float64:
+        """The sum over what shares a weight."""
+        sums: Float64 = np.sum(np.broadcast_to(values, case.cells), axis=(0, 3))
+        return sums.reshape(case.parameter_shape)
+
     xhat = (x - mean) * rstd
-    magnitude = most(np.abs(weight * xhat) + np.abs(bias))
-    max_dy, sum_dy = most(np.abs(dy)), np.sum(np.abs(dy), axis=lines)
-    sum_dy_xhat = np.sum(np.abs(dy * xhat), axis=lines)
+    magnitude = np.abs(weight) * most(np.abs(xhat)) + np.abs(bias)
+    max_dy = most(np.abs(dy))
+    sum_dy, sum_dy_xhat = total(np.abs(dy)), total(np.abs(dy * xhat))
     if case.accumulation_dtype == "float32":
         xhat_error = mean_bound * rstd
         y, dx = 2e-6 * magnitude, 2e-6 * most(np.abs(weight)) * rstd * max_dy
@@ -548,21 +607,58 @@ def _line_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Flo
         chain = _longest_chain(case) * u
         rstd_error = 0.5 * var_bound * rstd**2
         xhat_error = mean_bound * rstd + np.abs(xhat) * rstd_error
-        y = most(np.abs(weight) * xhat_error) + 8 * u * magnitude
-        sums = (1 + np.abs(xhat)) * (chain + most(xhat_error)) + xhat_error
-        dx = most(np.abs(weight)) * rstd * max_dy * (8 * u + rstd_error + sums)
+        y = np.abs(weight) * most(xhat_error) + 8 * u * magnitude
+        # Two means, of g and g*xhat, the second one times xhat; a mask divides by fewer than n elements.
+        counted = (
+            1.0
+            if inputs.mask is None
+            else share * positions / np.maximum(_counts(case, inputs), 1)[:, None, None, None]
+        )
+        sums = counted * (1 + np.abs(xhat)) * (chain + most(xhat_error)) + xhat_error
+        dx = most(np.abs(weight)) * rstd * max_dy * (8 * u + rstd_error + (sums if case.training else 0.0))
         dweight, dbias = chain * sum_dy_xhat, chain * sum_dy
-    dweight = dweight + np.sum(np.abs(dy) * xhat_error, axis=lines)
+    dweight = (dweight + total(np.abs(dy) * xhat_error)) / root
     allowed = {
-        "y": _stored(case, y, expected.y, case.dtype),
-        "var": var_bound.reshape(expected.rstd.shape),
-        "dx": _stored(case, dx, expected.dx, case.dtype),
+        "y": _stored(case, y, _to_cells(expected.y, case), case.dtype),
+        "var": var_bound,
+        "dx": _stored(case, dx, _to_cells(expected.dx, case), case.dtype),
         "dweight": _stored(case, dweight, expected.dweight, case.gradient_dtype),
     }
+    for name in ("y", "dx"):
+        allowed[name] = _from_cells(np.broadcast_to(allowed[name], case.cells), case)
     if expected.mean is not None and expected.dbias is not None:
-        allowed["mean"] = mean_bound.reshape(expected.mean.shape)
+        allowed["mean"] = mean_bound
         allowed["dbias"] = _stored(case, dbias, expected.dbias, case.gradient_dtype)
+    for name in allowed.keys() & {"mean", "var"}:
+        allowed[name] = allowed[name].reshape(_result(case, expected, name).shape)
+    if expected.running_mean is not None and expected.running_var is not None:
+        saved = (samples, groups)
+        allowed |= _running_bounds(case, inputs, expected, mean_bound.reshape(saved), var_bound.reshape(saved))
     return {key: np.broadcast_to(bound, _result(case, expected, key).shape) for key, bound in allowed.items()}
+
+
+def _to_cells(values: Float64, case: Case) -> Float64:
+    """An array in x's shape, in that of the cells."""
+    if not case.has_lines:
+        values = np.moveaxis(values, *_channels_and_samples(case))
+    return values.reshape(case.cells)
+
+
+def _from_cells(values: Array, case: Case) -> Array:
+    """And back, for what broadcasts to the cells."""
+    full = np.broadcast_to(values, case.cells)
+    if case.has_lines:
+        return full.reshape(case.shape)
+    here, there = _channels_and_samples(case)
+    shape = [case.shape[a] for a in here]
+    others = [n for a, n in enumerate(case.shape) if a not in here]
+    return np.moveaxis(full.reshape(shape + others), there, here)
+
+
+def _channels_and_samples(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where x has the axes that are not positions, and where the cells have them."""
+    axis = case.axis % len(case.shape)
+    return ((_samples(case), axis), (0, 1)) if case.norm in ("instance", "group") else ((axis,), (0,))
 
 
 def _statistics_bounds(case: Case, mean: Float64, rstd: Float64) -> tuple[Float64, Float64]:
@@ -595,7 +691,8 @@ def _running_bounds(
     assert expected.mean is not None
     counts = _counts(case, inputs)
     counts = counts[counts > 1] if case.training else counts[:0]
-    steps = min(len(counts), 1 / case.momentum)
+    # Instance norm's is the average of all.
+    steps = 1 if case.norm == "instance" else min(len(counts), 1 / case.momentum)
     unbiased = float(np.max(counts / (counts - 1), initial=1.0))
     u = UNIT_ROUNDOFF[case.param_dtype] + 8 * UNIT_ROUNDOFF["float64"]
     allowed = {}
@@ -669,9 +766,11 @@ def _ghosts(case: Case) -> list[slice]:
 
 
 def _counts(case: Case, inputs: Inputs) -> NDArray[np.int64]:
-    """Elements in each statistic, (G,)."""
+    """Elements in each statistic, of ghost batches or of samples."""
     axis = case.axis % len(case.shape)
     counted = np.ones(case.shape[:axis] + case.shape[axis + 1 :]) if inputs.mask is None else inputs.mask
+    if case.norm in ("instance", "group"):  # a mask's first axis is that of the samples
+        return np.array([case.cells[2] * np.count_nonzero(sample) for sample in counted], dtype=np.int64)
     return np.array([np.count_nonzero(counted[ghost]) for ghost in _ghosts(case)], dtype=np.int64)
 
 
@@ -985,6 +1084,142 @@ def _line_cases() -> list[Case]:
     ]
 
 
+def _sample_cases() -> list[Case]:
+    """Instance and group norm: every layout and dtype, one group to as many as channels, masks, running statistics."""
+
+    def group(shape: tuple[int, ...], axis: int, groups: int, **options: Any) -> Case:
+        return _case(shape, axis, norm="group", groups=groups, running=False, **options)
+
+    def instance(shape: tuple[int, ...], axis: int, *, running: bool = False, **options: Any) -> Case:
+        return _case(shape, axis, norm="instance", running=running, **options)
+
+    layouts = [
+        *_layouts(4, 12, 7, 9),
+        *_layouts(3, 6, 33),
+        *_layouts(2, 6, 3, 4, 5),
+        ((6, 5, 4, 3), 0),
+        ((3, 4, 6, 5), 2),
+        ((2, 3, 6, 4, 5), 2),
+    ]
+    sizes = [
+        layout
+        for channels, pixels in itertools.product((1, 2, 16, 33), (2, 7, 16, 49, 1025))
+        for layout in _layouts(2, channels, pixels)
+    ]
+    flat = [((37, 12), 1), ((5, 64), 1), ((1, 6), 1), ((64, 512), 1)]
+    large = [*_layouts(2, 3, 130, 130), *_layouts(3, 256, 14, 14), *_layouts(16, 64, 8, 8), *_layouts(1, 4, 40_000)]
+    empty = [((0, 4, 3), 1), ((2, 4, 0), 1), ((2, 0, 3, 4), -1), ((2, 0, 4), -1)]
+    far = [*_layouts(3, 4, 45, 45), *_layouts(2, 6, 1025)]
+    tiny: dict[str, Any] = {"eps": 1e-12}
+    offsets = list(itertools.product((0.0, 3e3, 3e4, 1e6), (False, True)))
+    return [
+        *[
+            make(shape, axis, dtype=dtype, tags=("quick",) if len(shape) == 4 else ())
+            for (shape, axis), dtype in itertools.product(layouts, DTYPES)
+            for make in (instance, partial(group, groups=3))
+        ],
+        *[
+            instance(shape, axis, dtype=dtype, training=training, running=True, affine=affine)
+            for (shape, axis), dtype, training, affine in itertools.product(
+                layouts[:4], DTYPES, (True, False), (True, False)
+            )
+        ],
+        *[group(shape, axis, groups) for (shape, axis), groups in itertools.product(layouts, (1, 2, 6))],
+        *[instance(shape, axis) for shape, axis in sizes + large],
+        *[
+            group(shape, axis, groups)
+            for shape, axis in sizes + large + flat
+            for groups in sorted({1, 2, 4, shape[axis] // 2, shape[axis]})
+            if groups and shape[axis] % groups == 0
+        ],
+        *[group(shape, axis, 1) for shape, axis in _layouts(3, 5, 1)],
+        *[
+            make(shape, axis, dtype=dtype, param_dtype=param_dtype)
+            for (shape, axis), (dtype, param_dtype) in itertools.product(
+                layouts[:2], [("float32", "float64"), ("bfloat16", "bfloat16"), ("float16", "float64")]
+            )
+            for make in (instance, partial(group, groups=4))
+        ],
+        *[
+            make(shape, axis, dtype=dtype, affine=False)
+            for (shape, axis), dtype in itertools.product(layouts[:2], DTYPES)
+            for make in (instance, partial(group, groups=4))
+        ],
+        *[
+            make(shape, axis, dtype=dtype, mask=True, tags=("quick",) if dtype == "float32" else ())
+            for (shape, axis), dtype in itertools.product(layouts, DTYPES)
+            for make in (partial(instance, running=True), partial(group, groups=2))
+        ],
+        *[group((37, 12), 1, 3, mask=True)],
+        *[
+            make(shape, axis)
+            for shape, axis in empty
+            for make in (partial(instance, running=True), partial(group, groups=2))
+        ],
+        *[
+            make(shape, axis, offset=offset, outlier=outlier, **tiny)
+            for (shape, axis), (offset, outlier) in itertools.product(far, offsets)
+            for make in (partial(instance, running=True), partial(group, groups=2))
+        ],
+        *[
+            make(shape, axis, dtype="float64", offset=offset, outlier=True, **tiny)
+            for (shape, axis), offset in itertools.product(far, (1e6, 1e9))
+            for make in (instance, partial(group, groups=2))
+        ],
+        *[
+            make(shape, axis, mask=True, offset=1e6, **tiny)
+            for shape, axis in far
+            for make in (instance, partial(group, groups=2))
+        ],
+        *[
+            make(shape, axis, dtype=dtype, offset=offset, scale=0.0)
+            for (shape, axis), dtype, offset in itertools.product(_layouts(2, 4, 1025), DTYPES, (0.0, 3e3))
+            for make in (instance, partial(group, groups=2))
+        ],
+        *[
+            make(shape, axis, dtype=dtype, scale=scale)
+            for (shape, axis), (dtype, scale) in itertools.product(
+                _layouts(2, 4, 1025), (("float32", 1e18), ("float32", 1e25), ("bfloat16", 1e25))
+            )
+            for make in (instance, partial(group, groups=2))
+        ],
+    ]
+
+
+def _weight_cases() -> list[Case]:
+    """Weight norm over every axis: matrices, convolutions of both layouts, far means, tiny and huge weights."""
+
+    def weight(shape: tuple[int, ...], dim: int, **options: Any) -> Case:
+        return _case(shape, dim, norm="weight", running=False, eps=0.0, **options)
+
+    shapes = [(7, 5), (64, 33), (16, 8, 3, 3), (3, 3, 8, 16), (2, 3, 4, 5, 6), (5,), (1, 1), (300, 1100), (3, 70001)]
+    return [
+        *[
+            weight(shape, dim, dtype=dtype, tags=("quick",) if len(shape) == 4 else ())
+            for shape in shapes
+            for dim, dtype in itertools.product(range(-1, len(shape) - 1), DTYPES)
+        ],
+        *[
+            weight((16, 8, 3, 3), dim, dtype=dtype, param_dtype=param_dtype)
+            for dim, dtype, param_dtype in itertools.product((0, 1), DTYPES, DTYPES)
+        ],
+        *[
+            weight((9, 3001), dim, dtype=dtype, offset=offset, outlier=outlier)
+            for dim, dtype, offset, outlier in itertools.product(
+                (0, 1), ("float32", "float64"), (0.0, 3e4, 1e6), (False, True)
+            )
+        ],
+        *[
+            weight((5, 1025), dim, dtype=dtype, scale=scale)
+            for dim, (dtype, scale) in itertools.product(
+                (0, 1),
+                (("float32", 1e-15), ("float32", 1e18), ("float32", 1e25), ("bfloat16", 1e25), ("float64", 1e90)),
+            )
+        ],
+        weight((0, 3), 0),
+    ]
+
+
 # Channels and side of ResNet-50's batch norms.
 RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
 
@@ -1065,6 +1300,8 @@ CASES: tuple[Case, ...] = (
     *_mask_cases(),
     *_numerics_cases(),
     *_line_cases(),
+    *_sample_cases(),
+    *_weight_cases(),
 )
 BENCH: tuple[Case, ...] = tuple(_bench_cases())
 BENCH_CUDA: tuple[Case, ...] = tuple(_bench_cuda_cases())

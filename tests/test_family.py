@@ -1,0 +1,537 @@
+"""Instance, group and weight norm by their contract: layouts, outputs, errors, bits, layers; the values are tested in
+test_cases.py."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import fusednorm as fn
+import numpy as np
+import pytest
+from fusednorm import fold, reference
+from fusednorm.testing import cases
+from fusednorm.testing.cases import Case
+from support import DENSE, DTYPES, LAYOUTS, Array, assert_same_bits, byte_swapped, normal, numpy_dtype
+
+# One of each; shapes of four axes, where channels and samples can be anywhere.
+NORMS = {
+    "instance": Case("instance", (3, 6, 5, 4), norm="instance", running=True),
+    "instance eval": Case("eval", (3, 6, 5, 4), norm="instance", training=False),
+    "instance mask": Case("mask", (3, 6, 5, 4), norm="instance", mask=True),
+    "group": Case("group", (3, 6, 5, 4), norm="group", groups=2, running=False),
+    "group mask": Case("mask", (3, 6, 5, 4), norm="group", groups=3, mask=True, running=False),
+    "weight": Case("weight", (6, 3, 5, 4), norm="weight", running=False, eps=0.0),
+}
+
+
+def check(case: Case, lay: Callable[[Array], Array] = np.copy) -> cases.Outputs:
+    """Forward and backward of a case, arrays of x's shape and masks laid out as told, against the reference."""
+    inputs = cases.make(case)
+
+    def given(a: Array) -> Array:
+        return lay(a.copy()) if a.shape == case.shape or a.dtype == np.bool_ else a.copy()
+
+    got = cases.run(case, inputs, fn, to_device=given)
+    wrong = [
+        deviation for deviation in cases.compare(case, inputs, cases.expected(case, inputs), got) if not deviation.ok
+    ]
+    assert not wrong
+    return got
+
+
+# Folds.
+
+
+def enumerate_fold(f: fold.Fold) -> tuple[Array, Array, Array]:
+    b, o, g, i = (a.ravel() for a in np.indices((f.batch, f.outer, f.groups, f.inner)))
+    return b * f.groups + g, (g * f.inner + i) // f.span, (b * f.outer + o) * f.span + i % f.span
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (3, 4, 5), (2, 6, 3, 4), (1, 4, 2), (2, 1, 3), (4, 6, 1, 3), (1, 1, 1)])
+def test_group_folds_by_enumeration(shape: tuple[int, ...]) -> None:
+    """In any axis order whose slowest are the samples; of others there is none."""
+    for order, axis in itertools.product(itertools.permutations(range(len(shape))), range(len(shape))):
+        samples = 1 if axis == 0 else 0
+        x = np.zeros([shape[a] for a in order], np.float32).transpose(np.argsort(order))
+        found = fold.memory_order(x.shape, x.strides, x.itemsize)
+        assert found is not None
+        for groups in (g for g in (1, 2, 3, shape[axis]) if shape[axis] % g == 0):
+            f = fold.group(shape, found, axis, groups)
+            if f is None:
+                assert shape[samples] > 1
+                assert found[0] != samples
+                continue
+            indices = np.indices(shape)
+            sample, channel = (indices[a].transpose(order).ravel() for a in (samples, axis))
+            statistics, channels, positions = enumerate_fold(f)
+            assert np.array_equal(statistics, sample * groups + channel // (shape[axis] // groups))
+            assert np.array_equal(channels, channel)
+            assert len(set(zip(channels.tolist(), positions.tolist(), strict=True))) == x.size
+
+
+# Layouts and outputs.
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), byte_swapped], ids=[*LAYOUTS, "byte_swapped"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_any_layout(norm: str, layout: Any, axis: int) -> None:
+    shape = (6, 3, 5, 4) if axis == 0 else tuple(np.insert((3, 5, 4), axis % 4, 6).tolist())
+    case = replace(NORMS[norm], shape=shape, axis=axis)
+    got = check(case, layout)
+    x = layout(cases.make(case).x)
+    for array in (got.y, got.dx):
+        if layout in DENSE.values():
+            assert array.strides == x.strides
+        else:
+            assert array.flags.c_contiguous
+        assert array.flags.writeable
+        assert array.dtype.isnative
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", [(7, 6), (4, 6, 9), (2, 6, 3, 4, 5)])
+def test_any_rank(norm: str, shape: tuple[int, ...], dtype: str) -> None:
+    if len(shape) == 2 and NORMS[norm].norm == "instance" and NORMS[norm].training:
+        pytest.skip("one spatial element")
+    numpy_dtype(dtype)
+    for axis in range(len(shape)):
+        if shape[axis] == 6:
+            check(replace(NORMS[norm], shape=shape, axis=axis, dtype=dtype))
+
+
+def calls(norm: str) -> tuple[cases.Inputs, Callable[..., Any], Callable[..., Any]]:
+    """x and dy; y, and what backward needs; and dx, with `out`."""
+    case = NORMS[norm]
+    inputs = cases.make(case)
+    weight, bias = inputs.weight, inputs.bias
+
+    def forward(x: Array, **out: Any) -> Any:
+        if case.norm == "weight":
+            return fn.weight_norm_forward(x, weight, case.axis, **out)
+        if case.norm == "group":
+            return fn.group_norm_forward(x, case.groups, weight, bias, mask=inputs.mask, **out)
+        running = {k: None if a is None else a.copy() for k, a in vars(inputs).items() if k.startswith("running")}
+        return fn.instance_norm_forward(
+            x, weight, bias, use_input_stats=case.training, mask=inputs.mask, **running, **out
+        )
+
+    saved = forward(inputs.x)[1:]
+
+    def backward(dy: Array, x: Array, **out: Any) -> Any:
+        if case.norm == "weight":
+            return fn.weight_norm_backward(dy, x, weight, *saved, case.axis, **out)
+        if case.norm == "group":
+            return fn.group_norm_backward(dy, x, *saved, weight, bias, mask=inputs.mask, **out)
+        return fn.instance_norm_backward(
+            dy, x, *saved, weight, bias, use_input_stats=case.training, mask=inputs.mask, **out
+        )
+
+    return inputs, forward, backward
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_out_of_any_strides(norm: str, layout: Any) -> None:
+    inputs, forward, backward = calls(norm)
+    for call, given in ((forward, (inputs.x,)), (backward, (inputs.dy, inputs.x))):
+        expected = call(*given)
+        out = layout(np.full(inputs.x.shape, np.nan, np.float32))
+        got = call(*given, out=out)
+        assert got[0] is out
+        for one, other in zip(got, expected, strict=True):
+            assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_in_place(norm: str) -> None:
+    inputs, forward, backward = calls(norm)
+    x = inputs.x.copy()
+    assert_same_bits(forward(x, out=x)[0], forward(inputs.x)[0])
+    for where in ("dy", "x"):
+        given = {"dy": inputs.dy.copy(), "x": inputs.x.copy()}
+        dx = backward(given["dy"], given["x"], out=given[where])[0]
+        assert dx is given[where]
+        assert_same_bits(dx, backward(inputs.dy, inputs.x)[0])
+
+
+# Bits.
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_the_same_bits_at_any_number_of_threads(last: bool, threads: None, isa: str) -> None:
+    shapes = [(2, 6, 300, 50), (64, 12, 9, 7), (1, 6, 100_000), (700, 12)]
+    for shape in shapes:
+        x, dy = normal(shape), normal(shape, seed=1)
+        if last:
+            x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
+        weight, axis = normal((shape[1],)), -1 if last else 1
+        results = []
+        for n in (1, 2, 3, 7):
+            fn.set_num_threads(n)
+            group = fn.group_norm_forward(x, 3, weight, axis=axis)
+            found = [*group, *fn.group_norm_backward(dy, x, *group[1:], weight, axis=axis)]
+            if len(shape) > 2:
+                instance = fn.instance_norm_forward(x, weight, axis=axis)
+                found += [*instance, *fn.instance_norm_backward(dy, x, *instance[1:], weight, axis=axis)]
+            g = normal(tuple(k if a == axis % x.ndim else 1 for a, k in enumerate(x.shape)))
+            w, norm = fn.weight_norm_forward(x, g, axis)
+            found += [w, norm, *fn.weight_norm_backward(dy, x, g, norm, axis)]
+            results.append(found)
+        for other in results[1:]:
+            for one, same in zip(results[0], other, strict=True):
+                assert_same_bits(one, same, str(shape))
+
+
+@pytest.mark.parametrize("shape", [(9, 6, 13, 5), (9, 6, 1030), (9, 6)])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_a_sample_does_not_know_its_neighbours(shape: tuple[int, ...], last: bool, isa: str) -> None:
+    x, dy, weight, axis = normal(shape), normal(shape, seed=1), normal((6,)), -1 if last else 1
+    if last:
+        x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
+    for groups in (1, 2) if len(shape) == 2 else (1, 2, 6):
+        y, mean, rstd = fn.group_norm_forward(x, groups, weight, axis=axis)
+        dx = fn.group_norm_backward(dy, x, mean, rstd, weight, axis=axis)[0]
+        for at in (slice(0, 1), slice(3, 5), slice(8, 9)):
+            assert_same_bits(fn.group_norm(x[at], groups, weight, axis=axis), y[at])
+            assert_same_bits(fn.group_norm_backward(dy[at], x[at], mean[at], rstd[at], weight, axis=axis)[0], dx[at])
+        spoiled = x.copy()
+        spoiled[4] = np.nan
+        kept = [i for i in range(9) if i != 4]
+        assert_same_bits(fn.group_norm(spoiled, groups, weight, axis=axis)[kept], y[kept])
+
+
+def test_instance_norm_is_group_norm_with_one_channel_a_group() -> None:
+    x, dy, weight, bias = normal((3, 5, 7, 4)), normal((3, 5, 7, 4), seed=1), normal((5,)), normal((5,), seed=2)
+    instance, group = fn.instance_norm_forward(x, weight, bias), fn.group_norm_forward(x, 5, weight, bias)
+    for one, other in zip(instance, group, strict=True):
+        assert_same_bits(one, other)
+    backward = fn.instance_norm_backward(dy, x, *instance[1:], weight, bias)
+    for one, other in zip(backward, fn.group_norm_backward(dy, x, *group[1:], weight, bias), strict=True):
+        assert_same_bits(one, other)
+
+
+# PyTorch.
+
+
+def test_against_pytorch() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    x, dy, weight, bias = normal((5, 6, 7, 4)), normal((5, 6, 7, 4), seed=1), normal((6,)), normal((6,), seed=2)
+    F = torch.nn.functional
+    for ours, theirs in (
+        (fn.instance_norm_forward(x, weight, bias), lambda x, w, b: F.instance_norm(x, None, None, w, b)),
+        (fn.group_norm_forward(x, 3, weight, bias), lambda x, w, b: F.group_norm(x, 3, w, b)),
+    ):
+        tensors = [torch.from_numpy(a.copy()).requires_grad_() for a in (x, weight, bias)]
+        y = theirs(*tensors)
+        y.backward(torch.from_numpy(dy))
+        np.testing.assert_allclose(ours[0], y.detach(), rtol=0, atol=2e-5)
+        backward = fn.instance_norm_backward if ours[1].shape[1] == 6 else fn.group_norm_backward
+        for one, tensor in zip(backward(dy, x, *ours[1:], weight, bias), tensors, strict=True):
+            np.testing.assert_allclose(one, tensor.grad, rtol=0, atol=2e-4)
+    running = np.zeros(6, np.float32), np.ones(6, np.float32)
+    theirs_running = [torch.from_numpy(a.copy()) for a in running]
+    for _ in range(3):
+        fn.instance_norm(x, *running, momentum=0.3)
+        F.instance_norm(torch.from_numpy(x), *theirs_running, momentum=0.3)
+    for one, tensor in zip(running, theirs_running, strict=True):
+        np.testing.assert_allclose(one, tensor, rtol=0, atol=1e-6)
+    y = F.instance_norm(torch.from_numpy(x), *theirs_running, use_input_stats=False)
+    np.testing.assert_allclose(fn.instance_norm(x, *running, use_input_stats=False), y, rtol=0, atol=1e-5)
+    for dim in (0, 1, 2, 3):
+        g = normal(tuple(n if a == dim else 1 for a, n in enumerate(x.shape)), seed=3)
+        tensors = [torch.from_numpy(a.copy()).requires_grad_() for a in (x, g)]
+        w = (
+            torch._weight_norm(*tensors, dim)
+            if dim in (0, 3)
+            else tensors[1] * tensors[0] / torch.norm_except_dim(tensors[0], 2, dim)
+        )
+        w.backward(torch.from_numpy(dy))
+        mine, norm = fn.weight_norm_forward(x, g, dim)
+        np.testing.assert_allclose(mine, w.detach(), rtol=0, atol=1e-5)
+        for one, tensor in zip(fn.weight_norm_backward(dy, x, g, norm, dim), tensors, strict=True):
+            np.testing.assert_allclose(one, tensor.grad, rtol=0, atol=1e-4)
+
+
+# Weight norm's own.
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 3), (2, 3, 4)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_one_length_for_all(shape: tuple[int, ...], order: Any) -> None:
+    v, dw, g = np.array(normal(shape), order=order), np.array(normal(shape, seed=1)), np.array(1.5, np.float32)
+    w, norm = fn.weight_norm_forward(v, g, None)
+    want, want_norm = reference.weight_norm_forward(v, g, None)
+    np.testing.assert_allclose(w, want, rtol=1e-6)
+    np.testing.assert_allclose(norm, want_norm, rtol=1e-6)
+    assert norm.shape == ()
+    dv, dg = fn.weight_norm_backward(dw, v, g, norm, None)
+    want_dv, want_dg = reference.weight_norm_backward(dw, v, g, want_norm, None)
+    np.testing.assert_allclose(dv, want_dv, rtol=0, atol=2e-6 * 1.5 / norm * abs(dw).max())
+    np.testing.assert_allclose(dg, want_dg, rtol=0, atol=1e-6 * abs(dw).sum())
+    assert (dg.shape, dg.dtype) == ((), np.float32)
+
+
+def test_directions_of_length_zero_are_nan_alone() -> None:
+    v = normal((4, 5))
+    v[2] = 0
+    g = np.ones((4, 1), np.float32)
+    w, norm = fn.weight_norm_forward(v, g)
+    assert np.isnan(w[2]).all()
+    assert norm[2] == 0
+    assert np.isfinite(w[[0, 1, 3]]).all()
+    dv, dg = fn.weight_norm_backward(np.ones_like(v), v, g, norm)
+    assert np.isnan(dv[2]).all()
+    assert np.isfinite(dv[[0, 1, 3]]).all()
+    assert np.isfinite(dg[[0, 1, 3]]).all()
+    w, norm = fn.weight_norm_forward(np.empty((3, 0), np.float32), np.ones((3, 1), np.float32))
+    assert w.shape == (3, 0)
+    np.testing.assert_array_equal(norm, np.zeros((3, 1)))
+
+
+# Errors.
+
+X = normal((2, 6, 3))
+V, G = normal((4, 5)), normal((4, 1))
+RUNNING = np.zeros(6, np.float32), np.ones(6, np.float32)
+ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
+    "divisible": (lambda: fn.group_norm(X, 4), ValueError, r"num_channels \(6\) must be divisible by num_groups \(4\)"),
+    "no groups": (lambda: fn.group_norm(X, 0), ValueError, "num groups to be greater than 0, got 0"),
+    "groups": (lambda: fn.group_norm(X, 2.0), TypeError, "integer"),
+    "group 1-D": (lambda: fn.group_norm(X[0, 0], 1), ValueError, r"expected at least 2D input \(got 1D input\)"),
+    "axis": (lambda: fn.group_norm(X, 1, axis=3), np.exceptions.AxisError, "out of bounds"),
+    "spatial": (
+        lambda: fn.instance_norm(X[:, :, :1]),
+        ValueError,
+        r"Expected more than 1 spatial element when training, got input size \(2, 6, 1\)",
+    ),
+    "spatial (N, C)": (lambda: fn.instance_norm(X[:, :, 0]), ValueError, "more than 1 spatial element"),
+    "no running": (
+        lambda: fn.instance_norm(X, use_input_stats=False),
+        ValueError,
+        "Expected running_mean and running_var to be defined when use_input_stats is false",
+    ),
+    "running size": (
+        lambda: fn.instance_norm(X, *(a[:4] for a in RUNNING)),
+        ValueError,
+        "running_mean should contain 6",
+    ),
+    "momentum": (lambda: fn.instance_norm(X, *RUNNING, momentum=None), TypeError, "momentum must be a number"),
+    "weight": (lambda: fn.group_norm(X, 2, normal((5,))), ValueError, "weight should contain 6 elements not 5"),
+    "weight list": (lambda: fn.instance_norm(X, weight=[1.0] * 6), TypeError, "weight must be a NumPy or CuPy array"),
+    "list": (lambda: fn.instance_norm([[1.0]]), TypeError, "x must be a NumPy or CuPy array"),
+    "int": (lambda: fn.group_norm(np.ones((2, 6), int), 2), TypeError, "float32, float64, float16 and bfloat16"),
+    "mask": (lambda: fn.group_norm(X, 2, mask=np.ones((2, 6), bool)), ValueError, r"without axis 1, \(2, 3\)"),
+    "mask dtype": (lambda: fn.instance_norm(X, mask=np.ones((2, 3))), TypeError, "mask must be boolean"),
+    "out": (lambda: fn.group_norm(X, 2, out=normal((2, 6, 2))), ValueError, r"\(2, 6, 3\).*\(2, 6, 2\)"),
+    "out overlaps": (lambda: fn.group_norm(BIG[:2], 2, out=BIG[1:]), ValueError, "overlaps"),
+    "mean": (
+        lambda: fn.group_norm_backward(X, X, np.zeros((2, 4)), np.ones((2, 4))),
+        ValueError,
+        r"num_channels \(6\) must be divisible by num_groups \(4\)",
+    ),
+    "flat mean": (lambda: fn.group_norm_backward(X, X, np.zeros(2), np.ones(2)), ValueError, r"\(N, num_groups\)"),
+    "rstd": (
+        lambda: fn.instance_norm_backward(X, X, np.zeros((2, 6)), np.ones((2, 5))),
+        ValueError,
+        r"rstd must have shape \(2, 6\), got \(2, 5\)",
+    ),
+    "dy": (
+        lambda: fn.instance_norm_backward(X[:1], X, np.zeros((2, 6)), np.ones((2, 6))),
+        ValueError,
+        "dy must have x's shape",
+    ),
+    "g": (lambda: fn.weight_norm(V, G[:3]), ValueError, r"g must have shape \(4, 1\), got \(3, 1\)"),
+    "g of all": (lambda: fn.weight_norm(V, G, None), ValueError, r"g must have shape \(\)"),
+    "dim": (lambda: fn.weight_norm(V, G, 2), np.exceptions.AxisError, "out of bounds"),
+    "v": (lambda: fn.weight_norm(np.ones((4, 5), int), G), TypeError, "v has dtype int64"),
+    "g dtype": (lambda: fn.weight_norm(V, np.ones((4, 1), int)), TypeError, "g has dtype int64"),
+    "norm": (
+        lambda: fn.weight_norm_backward(V, V, G, np.ones(4)),
+        ValueError,
+        r"norm must have shape \(4, 1\), got \(4,\)",
+    ),
+    "layer groups": (lambda: fn.GroupNorm(4, 6), ValueError, r"num_channels \(6\) must be divisible"),
+    "layer dtype": (lambda: fn.InstanceNorm(4, dtype="int32"), TypeError, "float32"),
+    "layer channels": (lambda: fn.GroupNorm(1, 4)(X), ValueError, "weight should contain 6 elements not 4"),
+    "layer backward": (lambda: fn.InstanceNorm(6).backward(X), RuntimeError, "backward needs a call"),
+    "layer momentum": (lambda: fn.InstanceNorm(6, momentum="a"), TypeError, "momentum"),
+    "layer dim": (lambda: fn.WeightNorm(V, 2), np.exceptions.AxisError, "out of bounds"),
+    "layer weight": (lambda: fn.WeightNorm([[1.0]]), TypeError, "weight must be a NumPy or CuPy array"),
+}
+BIG = normal((3, 6, 3))
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_touch_nothing(call: Any, error: type[Exception], message: str) -> None:
+    watched = X, V, G, BIG, *RUNNING
+    before = [a.copy() for a in watched]
+    with pytest.raises(error, match=message):
+        call()
+    for one, other in zip(watched, before, strict=True):
+        assert_same_bits(one, other)
+
+
+# Layers.
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_instance_norm_layer(axis: int) -> None:
+    x, dy = (np.moveaxis(normal((4, 5, 6, 3), seed=i), 1, axis).copy() for i in (0, 1))
+    layer = fn.InstanceNorm(5, momentum=None, affine=True, track_running_stats=True, axis=axis)
+    layer.weight, layer.bias = normal((5,), seed=2), normal((5,), seed=3)
+    running = np.zeros(5), np.ones(5)
+    for i in range(3):
+        y, mean, rstd = reference.instance_norm_forward(
+            x + i, layer.weight, layer.bias, running_mean=running[0], running_var=running[1], momentum=1 / (i + 1),
+            axis=axis,
+        )  # fmt: skip
+        np.testing.assert_allclose(layer((x + i).astype(np.float32)), y, rtol=0, atol=1e-5)
+    assert layer.num_batches_tracked == 3
+    np.testing.assert_allclose(layer.running_mean, running[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(layer.running_var, running[1], rtol=1e-5)
+    x = (x + 2).astype(np.float32)
+    gradients = reference.instance_norm_backward(dy, x, mean, rstd, layer.weight, layer.bias, axis=axis)
+    for ours, theirs in zip((layer.backward(dy), layer.weight_grad, layer.bias_grad), gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    y = layer.eval()(x)
+    want = reference.instance_norm(x, *running, layer.weight, layer.bias, use_input_stats=False, axis=axis)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-5)
+    assert layer.num_batches_tracked == 3
+    scale = layer.weight / np.sqrt(layer.running_var + layer.eps)
+    np.testing.assert_allclose(layer.backward(dy), dy * np.moveaxis(scale[None, :, None, None], 1, axis), rtol=1e-5)
+
+
+def test_the_defaults_are_pytorch_s() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    for ours, theirs in (
+        (fn.InstanceNorm(3), torch.nn.InstanceNorm2d(3)),
+        (
+            fn.InstanceNorm(3, affine=True, track_running_stats=True),
+            torch.nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+        ),
+        (fn.GroupNorm(1, 3), torch.nn.GroupNorm(1, 3)),
+        (fn.GroupNorm(3, 3, affine=False), torch.nn.GroupNorm(3, 3, affine=False)),
+    ):
+        state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+        assert ours.state_dict().keys() == state.keys()
+        ours.load_state_dict(state)
+        assert ours.eps == theirs.eps
+        x = normal((4, 3, 5, 5))
+        np.testing.assert_allclose(ours(x), theirs(torch.from_numpy(x)).detach(), rtol=0, atol=1e-5)
+        x = normal((4, 3, 5, 5), seed=1)
+        np.testing.assert_allclose(ours.eval()(x), theirs.eval()(torch.from_numpy(x)).detach(), rtol=0, atol=1e-5)
+    linear = torch.nn.Linear(5, 4, bias=False)
+    mine = fn.WeightNorm(linear.weight.detach().numpy())
+    normed = torch.nn.utils.parametrizations.weight_norm(linear)
+    for ours, theirs in zip((mine.weight_g, mine.weight_v), normed.parametrizations.weight.parameters(), strict=True):
+        np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-6)
+
+
+def test_group_norm_layer() -> None:
+    x, dy = normal((4, 6, 5)), normal((4, 6, 5), seed=1)
+    mask = np.random.default_rng(0).random((4, 5)) < 0.6
+    layer = fn.GroupNorm(2, 6, eps=1e-3)
+    layer.weight, layer.bias = normal((6,), seed=2), normal((6,), seed=3)
+    for counted in (None, mask):
+        y, mean, rstd = reference.group_norm_forward(x, 2, layer.weight, layer.bias, 1e-3, mask=counted)
+        np.testing.assert_allclose(layer(x, counted), y, rtol=0, atol=1e-5)
+        gradients = reference.group_norm_backward(dy, x, mean, rstd, layer.weight, layer.bias, mask=counted)
+        for ours, theirs in zip((layer.backward(dy), layer.weight_grad, layer.bias_grad), gradients, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    out = np.empty_like(x)
+    assert layer(x, out=out) is out
+    assert layer.backward(dy, out=out) is out
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1, None])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_weight_norm_layer(dim: int | None, dtype: str) -> None:
+    weight = normal((4, 3, 5), dtype)
+    tolerance = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 0.05}[dtype]
+    layer = fn.WeightNorm(weight, dim)
+    assert not np.shares_memory(layer.weight_v, weight)
+    assert layer.weight_g.dtype == layer.weight_v.dtype == weight.dtype
+    np.testing.assert_allclose(layer.fold().astype(float), weight.astype(float), rtol=tolerance, atol=tolerance)
+    layer.weight_g = 2 * layer.weight_g
+    np.testing.assert_allclose(layer().astype(float), 2 * weight.astype(float), rtol=tolerance, atol=tolerance)
+    dw = normal((4, 3, 5), dtype, seed=1)
+    assert layer.backward(dw) is None
+    wide = layer.weight_v.astype(float), layer.weight_g.astype(float)
+    dv, dg = reference.weight_norm_backward(dw, *wide, reference.weight_norm_forward(*wide, dim)[1], dim)
+    for ours, theirs in ((layer.weight_v_grad, dv), (layer.weight_g_grad, dg)):
+        assert ours is not None
+        assert ours.shape == theirs.shape
+        assert ours.dtype == weight.dtype
+        np.testing.assert_allclose(ours.astype(float), theirs, rtol=tolerance, atol=10 * tolerance)
+    with pytest.raises(RuntimeError, match="backward needs a call"):
+        layer.backward(dw)
+    layer.fold()
+    with pytest.raises(RuntimeError, match="backward needs a call"):
+        layer.backward(dw)
+    out = np.empty_like(weight)
+    assert layer(out=out) is out
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        (fn.InstanceNorm(3), []),
+        (fn.InstanceNorm(3, affine=True), ["weight", "bias"]),
+        (
+            fn.InstanceNorm(3, track_running_stats=True, dtype="float64"),
+            ["running_mean", "running_var", "num_batches_tracked"],
+        ),
+        (fn.GroupNorm(3, 3), ["weight", "bias"]),
+        (fn.GroupNorm(1, 3, affine=False), []),
+        (fn.WeightNorm(normal((4, 3))), ["weight_g", "weight_v"]),
+    ],
+    ids=repr,
+)
+def test_the_state_of_layers(layer: Any, names: list[str]) -> None:
+    assert list(layer.state_dict()) == names
+    x = () if isinstance(layer, fn.WeightNorm) else (normal((4, 3, 5)),)
+    dy = normal((4, 3)) if isinstance(layer, fn.WeightNorm) else x[0]
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert repr(again) == repr(layer)
+        again.load_state_dict(layer.state_dict())
+        assert_same_bits(again(*x), layer(*x))
+        copied = copy.deepcopy(again)
+        with pytest.raises(RuntimeError, match="backward needs a call"):
+            copied.backward(dy)
+        again.backward(dy)
+    with pytest.raises(KeyError, match="Unexpected"):
+        layer.load_state_dict({**layer.state_dict(), "other": np.zeros(3)})
+    for name in ("weight", "bias", "weight_g", "running_mean"):
+        if hasattr(type(layer), name) and name not in names:
+            with pytest.raises(AttributeError, match=f"this layer has no {name}"):
+                setattr(layer, name, np.zeros(3))
+    assert layer.eval() is layer
+    assert layer.to("cpu") is layer
+
+
+# The comparison that test_cases.py relies on.
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_comparison_sees_an_error(norm: str) -> None:
+    """Positive control: one element of the library's own result, moved by four bounds."""
+    case = NORMS[norm]
+    inputs = cases.make(case)
+    expected, got = cases.expected(case, inputs), cases.run(case, inputs, fn)
+    bounds = cases.bounds(case, inputs, expected)
+    assert bounds.keys() >= {"y", "var", "dx", "dweight"}
+    for name in bounds.keys() - {"var"}:
+        planted = np.array(getattr(got, name))
+        last = np.unravel_index(planted.size - 1, planted.shape)
+        if bounds[name][last] == 0:  # given statistics
+            continue
+        planted[last] += 4 * bounds[name][last]
+        found = cases.compare(case, inputs, expected, replace(got, **{name: planted}))
+        assert [deviation.name for deviation in found if not deviation.ok] == [name]
