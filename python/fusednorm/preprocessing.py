@@ -23,8 +23,8 @@ __all__ = ["NotFittedError", "Standardizer", "Whitener"]
 
 _FLOAT64 = np.dtype(np.float64)
 _EPS = float(np.finfo(_FLOAT64).eps)
-# Numbers done at a time: in float64 1 MB, which stays in the second-level cache, and 32 MB for products of matrices.
-_CACHED, _MULTIPLIED = 2**17, 2**22
+# Numbers done at a time: in float64 1 MB, which stays in the second-level cache; 32 MB where a matrix is added to.
+_CACHED, _SUMMED = 2**17, 2**22
 # Factors that the arithmetic of the 16- and 32-bit dtypes, float32, holds with all its digits.
 _FACTORS = (1e-30, 1e30)
 
@@ -410,7 +410,7 @@ def _scatter(x: Array, near: Array) -> tuple[Array, Array]:
     xp = arrays.namespace(x)
     center = arrays.moved(near, arrays.device(x))
     total, left = xp.zeros((x.shape[1], x.shape[1])), xp.zeros(x.shape[1])
-    for rows in _rows(x, _MULTIPLIED):
+    for rows in _rows(x, _SUMMED):
         deviations = x[rows].astype(_FLOAT64) - center
         total += deviations.T @ deviations
         left += deviations.sum(0)
@@ -426,7 +426,7 @@ def _linear(x: Array, before: Array, matrix: Array, after: Array) -> Array:
     """(x − before) @ matrix + after, in float64, rounded to x's dtype."""
     before, matrix, after = (arrays.moved(a, arrays.device(x)) for a in (before, matrix, after))
     y = arrays.empty((len(x), matrix.shape[1]), x.dtype, beside=x)
-    for rows in _rows(x, _MULTIPLIED):
+    for rows in _rows(x, _CACHED):
         y[rows] = (x[rows].astype(_FLOAT64) - before) @ matrix + after
     return y
 
