@@ -380,72 +380,64 @@ def run(
         field.name: None if (array := getattr(inputs, field.name)) is None else to_device(array)
         for field in fields(inputs)
     }
-    x, dy, weight, bias = (arrays[name] for name in ("x", "dy", "weight", "bias"))
-    mean = dbias = None
-    rest: list[Any] = []
-    mixture: dict[str, Array] = {}
-    if case.norm == "batch":
-        options: dict[str, Any] = {
-            "training": case.training,
-            "axis": case.axis,
-            "residual": arrays["residual"],
-            "activation": case.activation,
-            "ghost_batch_size": case.ghost_batch_size,
-            **({"mask": arrays["mask"]} if case.mask else {}),
-        }
-        running = {name: arrays[name] for name in ("running_mean", "running_var")}
-        y, mean, rstd = functions.batch_norm_forward(
-            x, weight, bias, **running, momentum=case.momentum, eps=case.eps, **options
-        )
-        dx, dweight, dbias, *rest = functions.batch_norm_backward(dy, x, mean, rstd, weight, bias, **options)
-    elif case.norm == "instance":
-        options = {"use_input_stats": case.training, "axis": case.axis, "mask": arrays["mask"]}
-        running = {name: arrays[name] for name in ("running_mean", "running_var")}
-        y, mean, rstd = functions.instance_norm_forward(
-            x, weight, bias, **running, momentum=case.momentum, eps=case.eps, **options
-        )
-        dx, dweight, dbias = functions.instance_norm_backward(dy, x, mean, rstd, weight, bias, **options)
-    elif case.norm == "group":
-        options = {"axis": case.axis, "mask": arrays["mask"]}
-        y, mean, rstd = functions.group_norm_forward(x, case.groups, weight, bias, case.eps, **options)
-        dx, dweight, dbias = functions.group_norm_backward(dy, x, mean, rstd, weight, bias, **options)
-    elif case.norm == "layer":
-        y, mean, rstd = functions.layer_norm_forward(x, case.normalized_shape, weight, bias, case.eps)
-        dx, dweight, dbias = functions.layer_norm_backward(dy, x, mean, rstd, weight, bias)
-    elif case.norm == "rms":
-        y, rstd = functions.rms_norm_forward(x, case.normalized_shape, weight, case.eps)
-        dx, dweight = functions.rms_norm_backward(dy, x, rstd, weight)
-    elif case.norm == "switchable":
-        logits = arrays["mean_logits"], arrays["var_logits"]
-        options = {"training": case.training, "axis": case.axis}
-        running = {name: arrays[name] for name in ("running_mean", "running_var")}
-        y, mean, variances, rstd = functions.switchable_norm_forward(
-            x, *logits, weight, bias, **running, momentum=case.momentum, eps=case.eps, **options
-        )
-        dx, dweight, dbias, *dlogits = functions.switchable_norm_backward(
-            dy, x, mean, variances, rstd, *logits, weight, bias, **options
-        )
-        found = (variances, *dlogits)
-        mixture = {
-            name: to_host(a) for name, a in zip(("variances", "dmean_logits", "dvar_logits"), found, strict=True)
-        }
-    else:
-        y, norm = functions.weight_norm_forward(x, weight, case.axis)
-        dx, dweight = functions.weight_norm_backward(dy, x, weight, norm, case.axis)
+    forward, backward = calls(case, Inputs(**arrays), functions)  # type: ignore[arg-type]
+    y, *saved = forward()
+    names = ["dx", "dweight", "dbias", "dresidual"]
+    if case.norm == "switchable":
+        names[3:] = ["dmean_logits", "dvar_logits"]
+    outputs = dict.fromkeys(field.name for field in fields(Outputs))
+    outputs |= dict(zip(names, map(to_host, backward(*saved)), strict=False)) | {"y": to_host(y)}
+    if case.norm == "weight":
         with np.errstate(divide="ignore"):
-            rstd = math.sqrt(max(case.cells[3], 1)) / norm.reshape(-1)
-    return Outputs(
-        y=to_host(y),
-        mean=None if mean is None else to_host(mean),
-        rstd=to_host(rstd),
-        dx=to_host(dx),
-        dweight=to_host(dweight),
-        dbias=None if dbias is None else to_host(dbias),
-        dresidual=to_host(rest[0]) if rest else None,
-        running_mean=to_host(arrays["running_mean"]) if case.running else None,
-        running_var=to_host(arrays["running_var"]) if case.running else None,
-        **mixture,
-    )
+            saved = [math.sqrt(max(case.cells[3], 1)) / saved[0].reshape(-1)]
+    statistics = {"switchable": ("mean", "variances", "rstd")}.get(case.norm, ("mean", "rstd")[not case.centered :])
+    outputs |= dict(zip(statistics, map(to_host, saved), strict=True))
+    if case.running:
+        outputs |= {name: to_host(arrays[name]) for name in ("running_mean", "running_var")}
+    return Outputs(**outputs)  # type: ignore[arg-type]
+
+
+def calls(case: Case, inputs: Inputs, functions: Functions) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The norm's ``_forward`` and its ``_backward`` of ``functions``, with the case's arguments. What the forward saves
+    follows y, and is what backward takes. Both take further keywords, such as out.
+    """
+    x, weight, bias, shape = inputs.x, inputs.weight, inputs.bias, case.normalized_shape
+    running = {
+        "running_mean": inputs.running_mean,
+        "running_var": inputs.running_var,
+        "momentum": case.momentum,
+        "eps": case.eps,
+    }
+    parameters: tuple[Any, ...] = (weight, bias)
+    options: dict[str, Any] = {"axis": case.axis}
+    first: tuple[Any, ...] = (x, weight, bias)
+    if case.norm == "batch":
+        options |= {"training": case.training, "residual": inputs.residual, "activation": case.activation}
+        options |= {"ghost_batch_size": case.ghost_batch_size, "mask": inputs.mask}
+        own = running
+    elif case.norm == "instance":
+        options |= {"use_input_stats": case.training, "mask": inputs.mask}
+        own = running
+    elif case.norm == "switchable":
+        options |= {"training": case.training}
+        logits = inputs.mean_logits, inputs.var_logits
+        first, parameters, own = (x, *logits, weight, bias), (*logits, weight, bias), running
+    elif case.norm == "group":
+        options |= {"mask": inputs.mask}
+        first, own = (x, case.groups, weight, bias, case.eps), {}
+    elif case.norm == "weight":
+        first, own, options = (x, weight), {}, {"dim": case.axis}
+    else:
+        parameters = parameters if case.centered else (weight,)
+        first, own, options = (x, shape, *parameters, case.eps), {}, {}
+    forward, backward = (getattr(functions, f"{case.norm}_norm_{which}") for which in ("forward", "backward"))
+
+    def back(*saved: Any, **more: Any) -> Any:
+        if case.norm == "weight":
+            return backward(inputs.dy, x, weight, *saved, **options, **more)
+        return backward(inputs.dy, x, *saved, *parameters, **options, **more)
+
+    return partial(forward, *first, **own, **options), back
 
 
 def expected(case: Case, inputs: Inputs) -> Outputs:
@@ -1434,8 +1426,8 @@ RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024
 
 
 def _bench_cases() -> list[Case]:
-    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. Layer
-    and RMS norm."""
+    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. The
+    other norms."""
     resnet = [layout for channels, side in RESNET for layout in _layouts(32, channels, side, side)]
     flat: list[tuple[tuple[int, ...], int]] = [((4096, 1024), 1), ((256, 512), 1), ((64, 32), 1)]
     odd = [*_layouts(32, 3, 224, 224), *_layouts(32, 65, 56, 56)]
@@ -1458,6 +1450,19 @@ def _bench_cases() -> list[Case]:
         )
     ]
     lines = [(32768, 1024), (8192, 4096), (65536, 256), (1024, 32768), (4096, 768), (256, 1024), (64, 512)]
+    images = [
+        *_layouts(32, 64, 112, 112),
+        *_layouts(32, 256, 56, 56),
+        *_layouts(32, 1024, 14, 14),
+        *_layouts(8, 256, 14, 14),
+        *_layouts(2, 64, 8, 8),
+    ]
+    by_sample: list[dict[str, Any]] = [
+        {"norm": "instance", "running": False},
+        {"norm": "group", "groups": 32, "running": False},
+        {"norm": "switchable"},
+    ]
+    weights = [(8192, 2048), (2048, 512, 3, 3), (512, 512, 3, 3), (64, 64, 3, 3)]
     return [
         *plain,
         *fused,
@@ -1466,6 +1471,22 @@ def _bench_cases() -> list[Case]:
                 shape, norm=norm, dtype=dtype, running=False, tags=("bench", *(("quick",) if shape[0] < 8192 else ()))
             )
             for shape, norm, dtype in itertools.product(lines, ("layer", "rms"), ("float32", "bfloat16"))
+        ],
+        *[
+            _case(shape, axis, dtype=dtype, tags=("bench", *(("quick",) if shape[0] < 32 else ())), **norm)
+            for norm, (shape, axis), dtype in itertools.product(by_sample, images, ("float32", "bfloat16"))
+        ],
+        *[
+            _case(
+                shape,
+                0,
+                norm="weight",
+                dtype=dtype,
+                running=False,
+                eps=0.0,
+                tags=("bench", *(("quick",) if shape[0] < 2048 else ())),
+            )
+            for shape, dtype in itertools.product(weights, ("float32", "bfloat16"))
         ],
     ]
 
