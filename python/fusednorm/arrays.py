@@ -219,6 +219,11 @@ def laid_out_like(x: Array, like: Array) -> Array:
     return copy
 
 
+def share(a: Array, b: Array) -> bool:
+    """Whether `a` and `b`, whose extents meet, share memory. On a GPU the extents decide."""
+    return not isinstance(a, np.ndarray) or np.shares_memory(a, b)
+
+
 def overlaps(a: Array, b: Array) -> bool:
     """Whether `a` and `b`, whose extents meet, share memory without being the same elements one by one. On a GPU the
     extents decide."""

@@ -125,18 +125,59 @@ def parameter(a: Array | None, name: str, layout: Layout) -> Array | None:
     return a.reshape(-1)
 
 
-def statistics(a: object, name: str, x: Array, layout: Layout) -> Array:
-    """Saved statistics as the verbs take them."""
+def statistics(a: object, name: str, x: Array, layout: Layout, kinds: int | None = None) -> Array:
+    """Saved statistics as the verbs take them; of several kinds, their number is the first length."""
+    saved = layout.saved if kinds is None else (kinds, *layout.saved)
     a = arrays.taken(a, name)
     arrays.expect_beside(a, name, x)
-    if a.shape != layout.saved:
-        raise ValueError(f"{name} must have shape {layout.saved}, got {a.shape}")
+    if a.shape != saved:
+        raise ValueError(f"{name} must have shape {saved}, got {a.shape}")
     if layout.order is not None:
         a = a.transpose(layout.order)
     elif a.dtype == FLOAT64 and a.flags.c_contiguous and a.dtype.isnative:
         return a
     floating(name, a.dtype)
     return arrays.namespace(a).asarray(a, np.float64, order="C")  # type: ignore[no-any-return]
+
+
+def expect_statistics(
+    layout: Layout, training: bool, eps: float, running_mean: Array | None, running_var: Array | None
+) -> None:
+    if training:
+        if layout.too_few:
+            raise ValueError(layout.too_few)
+        if not eps > 0 and layout.positive_eps:
+            raise ValueError(f"batch_norm eps must be positive, but got {eps}")
+    elif running_mean is None or running_var is None:
+        raise ValueError(f"Expected running_mean and running_var to be defined when {layout.evaluation}")
+
+
+def running(
+    mean: Array | None, var: Array | None, others: tuple[Array | None, ...], x: Array, channels: int, written: bool
+) -> tuple[Array | None, Array | None]:
+    """Running statistics that no verb checks: both or none, and where written nothing else that the call takes."""
+    if (mean is None) != (var is None):
+        raise ValueError("running_mean and running_var go together")
+    if mean is None or var is None:
+        return None, None
+    mean, var = arrays.taken(mean, "running_mean"), arrays.taken(var, "running_var")
+    for name, a, apart_from in (("running_mean", mean, (var, *others)), ("running_var", var, (mean, *others))):
+        arrays.expect_beside(a, name, x)
+        floating(name, a.dtype)
+        if a.shape != (channels,):
+            raise ValueError(f"{name} should contain {channels} elements not {a.size}")
+        if written and not arrays.is_writeable(a):
+            raise ValueError(f"{name} is read-only")
+        if written and not _C.apart(a, apart_from) and any(b is not None and arrays.share(a, b) for b in apart_from):
+            raise ValueError(f"{name} shares memory with another array, and training writes it; give each its own")
+    return mean, var
+
+
+def update(running: Array | None, momentum: float, new: Array) -> None:
+    if running is None:
+        return
+    with np.errstate(over="ignore"):
+        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * new
 
 
 def gradient(parameter: Array | None, x: Array, layout: Layout) -> Array:
