@@ -410,7 +410,7 @@ struct RowPlan {
   RowPlan(const Fold& f, int64_t share, int64_t item, int64_t tensors, bool stores) {
     const int64_t slabs = f.statistics();
     streamed = stores && f.size() * item >= kStreamBytes;
-    const bool contiguous = f.outer == 1 && f.span * item < kShortRunBytes;
+    const bool contiguous = f.outer == 1 && f.span * item < kNeighbourBytes;
     neighbours = stores && (contiguous || (f.span * item < kShortRunBytes && f.size() * item >= kNeighboursFrom));
     block = 1;
     if (neighbours || contiguous) {
@@ -643,7 +643,8 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const auto add = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead, GradSums& sums) {
     add_grad_chunk(e.at(slab), dy + slab, x + slab, r, pass.coefficients<Real<T>>(s, true), ahead, sums);
   };
-  const bool backwards = pass.found && share > 1 && tiles == 1;  // from cell to cell: the last is still in cache
+  const bool backwards =
+      pass.found && share > 1 && tiles == 1 && !plan.neighbours;  // from cell to cell: the last is still in cache
   const auto sum_short = [&](int64_t first, int64_t count, int64_t slab, GradSums* found) {
     GradCoefficients<Real<T>> own[kMaxBlock];
     pass.coefficients(first, count, true, own);
