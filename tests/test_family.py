@@ -206,6 +206,29 @@ def test_instance_norm_is_group_norm_with_one_channel_a_group() -> None:
         assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0), (2, 0, 3)])
+def test_zero_elements(shape: tuple[int, ...]) -> None:
+    x, weight, running = np.empty(shape, np.float32), np.ones(shape[1], np.float32), np.ones((2, shape[1]))
+    instance = fn.instance_norm_forward(x, weight, running_mean=running[0], running_var=running[1])
+    group = fn.group_norm_forward(x, 2, weight)
+    for (y, mean, rstd), groups, backward in (
+        (instance, shape[1], fn.instance_norm_backward),
+        (group, 2, fn.group_norm_backward),
+    ):
+        assert y.shape == shape
+        assert mean.shape == rstd.shape == (shape[0], groups)
+        dx, dweight, dbias = backward(y, x, mean, rstd, weight)
+        assert dx.shape == shape
+        np.testing.assert_array_equal((dweight, dbias), np.zeros((2, shape[1])))
+    np.testing.assert_array_equal(running, 1)
+    logits = np.ones(3, np.float32)
+    y, *saved = fn.switchable_norm_forward(x, logits, logits, running_mean=running[0], running_var=running[1])
+    assert y.shape == shape
+    for gradient in fn.switchable_norm_backward(y, x, *saved, logits, logits)[1:]:
+        assert not gradient.any()
+    np.testing.assert_array_equal(running, 1)
+
+
 # PyTorch.
 
 
@@ -296,15 +319,9 @@ def test_switchable_norm_by_differences() -> None:
 
 
 def test_what_switchable_norm_writes() -> None:
-    """Nothing where there is nothing; in evaluation nothing; else the batch's part."""
+    """In evaluation nothing; else the batch's part."""
     running = np.zeros(4, np.float32), np.ones(4, np.float32)
     logits = np.ones(3, np.float32)
-    for shape in ((0, 4, 3), (2, 4, 0)):
-        x = np.empty(shape, np.float32)
-        y, *saved = fn.switchable_norm_forward(x, logits, logits, running_mean=running[0], running_var=running[1])
-        assert y.shape == shape
-        for gradient in fn.switchable_norm_backward(y, x, *saved, logits, logits)[1:]:
-            assert not gradient.any()
     x = normal((3, 4, 5))
     fn.switchable_norm(x, logits, logits, *running)
     np.testing.assert_array_equal(running, (np.zeros(4), np.ones(4)))
@@ -427,7 +444,6 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         "more than 1 value per channel",
     ),
     "evaluation": (lambda: fn.switchable_norm(X, L, L), ValueError, "to be defined when training=False"),
-    "eps": (lambda: fn.switchable_norm(X, L, L, training=True, eps=0), ValueError, "eps must be positive"),
     "one running": (lambda: fn.switchable_norm(X, L, L, RUNNING[0], training=True), ValueError, "go together"),
     "running sizes": (
         lambda: fn.switchable_norm(X, L, L, RUNNING[0][:5], RUNNING[1], training=True),
@@ -479,6 +495,11 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "dim": (lambda: fn.weight_norm(V, G, 2), np.exceptions.AxisError, "out of bounds"),
     "v": (lambda: fn.weight_norm(np.ones((4, 5), int), G), TypeError, "v has dtype int64"),
     "g dtype": (lambda: fn.weight_norm(V, np.ones((4, 1), int)), TypeError, "g has dtype int64"),
+    "dw": (
+        lambda: fn.weight_norm_backward(V[:2], V, G, G),
+        ValueError,
+        r"dw must have v's shape \(4, 5\), got \(2, 5\)",
+    ),
     "norm": (
         lambda: fn.weight_norm_backward(V, V, G, np.ones(4)),
         ValueError,

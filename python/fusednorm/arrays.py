@@ -43,10 +43,6 @@ def taken(x: object, name: str) -> Array:
     raise TypeError(f"{name} must be a NumPy or CuPy array, not {kind}")
 
 
-def taken_if_any(x: object | None, name: str) -> Array | None:
-    return None if x is None else taken(x, name)
-
-
 def is_of_a_gpu(x: object) -> bool:
     # Of some libraries all arrays have the attribute, and it raises for those of the CPU.
     try:

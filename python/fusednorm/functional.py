@@ -134,10 +134,9 @@ def _switchable(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Lay
     layout = _instance(shape, strides, dtype, axis)
     if layout is None:
         return None
-    few = f"Expected more than 1 value per channel when training, got input size {shape}"
-    return layout._replace(
-        too_few=few if math.prod(shape) == layout.saved[1] > 0 else "", evaluation="training=False", positive_eps=True
-    )
+    lone = math.prod(shape) == layout.saved[1] > 0
+    few = f"Expected more than 1 value per channel when training, got input size {shape}" if lone else ""
+    return layout._replace(too_few=few, evaluation="training=False")
 
 
 @lru_cache(maxsize=4096)
@@ -215,10 +214,11 @@ def _forward(
     operands.expect_statistics(layout, training, eps, running_mean, running_var)
     if residual is not None:
         residual = operands.alike(residual, "residual", given, x)
-    if type(x) is not np.ndarray or layout.axis is None:
+    if layout.axis is None or type(x) is not np.ndarray:
         weight, bias = operands.parameter(weight, "weight", layout), operands.parameter(bias, "bias", layout)
-        running_mean = arrays.taken_if_any(running_mean, "running_mean")
-        running_var = arrays.taken_if_any(running_var, "running_var")
+        if running_mean is not None and running_var is not None:
+            running_mean = arrays.taken(running_mean, "running_mean")
+            running_var = arrays.taken(running_var, "running_var")
     positions = None if mask is None else operands.positions(mask, x, layout)
     if out is None:
         y = arrays.empty_like(x)
@@ -1017,7 +1017,9 @@ def weight_norm_backward(
     Raises as the forward.
     """
     dim, lengths, root = _lengths(v, g, dim)
-    norm = arrays.taken(norm, "norm")
+    dw, norm = arrays.taken(dw, "dw"), arrays.taken(norm, "norm")
+    if dw.shape != v.shape:
+        raise ValueError(f"dw must have v's shape {v.shape}, got {dw.shape}")
     if norm.shape != g.shape:
         raise ValueError(f"norm must have shape {g.shape}, got {norm.shape}")
     operands.floating("norm", norm.dtype)
