@@ -252,8 +252,8 @@ FN_INLINE void to_columns(const D* vectors, int64_t columns, double* out) {
         if (j < columns) out[j] = vectors[vector][lane % kLanes<double>];
       }
 }
-// Fills the registers of the columns [begin, end), which begin at the channel `turn`: of(channel) is found once for each
-// channel, and kept in `own` [groups]; set(register, part, lane, own) hands it to its lanes. Lanes beyond the last
+// Fills the registers of the columns [begin, end), which begin at the channel `turn`: of(channel, count, to) finds those
+// of each channel once, which are kept in `own` [groups]; set(register, part, lane, own) hands it to its lanes. Lanes beyond the last
 // column are filled too.
 template <class T, class Coefficients, class Of, class Set>
 FN_INLINE void fill_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Coefficients* own,
@@ -263,7 +263,12 @@ FN_INLINE void fill_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t beg
     const int64_t c = (column < shape.columns ? column : shape.columns - 1) + turn;
     return c < shape.groups ? c : c % shape.groups;
   };
-  for (int64_t j = begin; j < end && j < shape.groups; ++j) own[channel(j)] = of(channel(j));
+  const int64_t last = end < shape.groups ? end : shape.groups;
+  for (int64_t j = begin, count; j < last; j += count) {
+    const int64_t c = channel(j);
+    count = last - j < shape.groups - c ? last - j : shape.groups - c;
+    of(c, count, own + c);
+  }
   for (int64_t index = begin / width; index * width < end; ++index)
     for (int part = 0; part < Pack<T>::parts; ++part)
       for (int lane = 0; lane < kLanes<Real<T>>; ++lane)
@@ -504,7 +509,19 @@ void forward_columns(const E& e, const ForwardPass& pass) {
       n += more;
     }
     for (int64_t first = at.begin; first < at.end && first < f.groups; first += pass.share) {
-      Moments m;
+      Moments m = {n, mean[first], m2[first]};
+      if (shape.repeat == 1 && pass.share > 1) {  // as many numbers in each column
+        double offset = 0, within = 0, between = 0;
+        for (int64_t c = first; c < first + pass.share; ++c) offset += mean[c] - m.mean;
+        const double all = m.mean + offset / double(pass.share);
+        for (int64_t c = first; c < first + pass.share; ++c) {
+          within += m2[c];
+          between += (mean[c] - all) * (mean[c] - all);
+        }
+        pass.found[(at.b * f.groups + first) / pass.share] = {n * double(pass.share), all, within + n * between};
+        continue;
+      }
+      m = Moments();
       for (int64_t c = first; c < first + pass.share; ++c) {
         for (int64_t j = c; j < at.end; j += f.groups) m.merge({n, mean[j], m2[j]});
         const int64_t last = shape.tiles * shape.columns + c;
@@ -518,7 +535,7 @@ void forward_columns(const E& e, const ForwardPass& pass) {
     const int64_t turn = writes.head(at.b);
     fill_lanes(
         shape, turn, at.begin, at.end, own.get() + at.b * f.groups,
-        [&](int64_t c) { return pass.affine<R>(at.b * f.groups + c); },
+        [&](int64_t c, int64_t count, Affine<R>* to) { pass.affine(at.b * f.groups + c, count, to); },
         [&](int64_t index, int part, int lane, const Affine<R>& one) {
           auto& to = a[index].part[part];
           to.hi[lane] = one.hi;
@@ -585,7 +602,9 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     g += at.b * registers;
     fill_lanes(
         shape, turn, at.begin, at.end, own.get() + at.b * f.groups,
-        [&](int64_t c) { return pass.coefficients<R>(at.b * f.groups + c, sums_only); },
+        [&](int64_t c, int64_t count, GradCoefficients<R>* to) {
+          pass.coefficients(at.b * f.groups + c, count, sums_only, to);
+        },
         [&](int64_t index, int part, int lane, const GradCoefficients<R>& one) {
           auto& to = g[index].part[part];
           to.hi[lane] = one.hi;

@@ -410,7 +410,7 @@ struct RowPlan {
   RowPlan(const Fold& f, int64_t share, int64_t item, int64_t tensors, bool stores) {
     const int64_t slabs = f.statistics();
     streamed = stores && f.size() * item >= kStreamBytes;
-    const bool contiguous = f.outer == 1 && f.span * item < kShortRunBytes;
+    const bool contiguous = f.outer == 1 && f.span * item < kNeighbourBytes;
     neighbours = stores && (contiguous || (f.span * item < kShortRunBytes && f.size() * item >= kNeighboursFrom));
     block = 1;
     if (neighbours || contiguous) {
@@ -537,7 +537,8 @@ void normalize_rows(const E& e, const ForwardPass& pass) {
   parallel(threads_for(f.size(), tasks), [&](const Team& team) {
     constexpr int64_t some = 64;
     team.each((f.statistics() + some - 1) / some, [&](int64_t i) {
-      for (int64_t s = i * some; s < (i + 1) * some && s < f.statistics(); ++s) affine[s] = pass.affine<Real<T>>(s);
+      const int64_t left = f.statistics() - i * some;
+      pass.affine(i * some, left < some ? left : some, affine.get() + i * some);
     });
     team.each(tasks, [&](int64_t i) {
       const int64_t piece = i % pieces, g = i / pieces % blocks * neighbours, o = i / pieces / blocks;
@@ -583,7 +584,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
     const int64_t cells = block.count * pass.share;
     for (int64_t from = (cells - 1) / kMaxBlock * kMaxBlock; from >= 0; from -= kMaxBlock) {
       const int64_t count = cells - from < kMaxBlock ? cells - from : kMaxBlock;
-      for (int64_t k = 0; k < count; ++k) a[k] = pass.affine<Real<T>>(block.first * pass.share + from + k);
+      pass.affine(block.first * pass.share + from, count, a);
       for (int64_t o = f.outer; o-- > 0;) {
         const int64_t start = block.offset + o * row + from * f.span;
         apply_neighbours(e.at(start), x + start, y + start, count, f.span, a, plan.streamed, next);
@@ -642,10 +643,11 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const auto add = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead, GradSums& sums) {
     add_grad_chunk(e.at(slab), dy + slab, x + slab, r, pass.coefficients<Real<T>>(s, true), ahead, sums);
   };
-  const bool backwards = pass.found && share > 1 && tiles == 1;  // from cell to cell: the last is still in cache
+  const bool backwards =
+      pass.found && share > 1 && tiles == 1 && !plan.neighbours;  // from cell to cell: the last is still in cache
   const auto sum_short = [&](int64_t first, int64_t count, int64_t slab, GradSums* found) {
     GradCoefficients<Real<T>> own[kMaxBlock];
-    for (int64_t k = 0; k < count; ++k) own[k] = pass.coefficients<Real<T>>(first + k, true);
+    pass.coefficients(first, count, true, own);
     short_grad_sums(e.at(slab), dy + slab, x + slab, count, f.inner, own, found);
   };
   const auto write_runs = [&](int64_t slab, const Runs& r, const PackGrad<T>& g, bool corrected) {
@@ -667,7 +669,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const int64_t next = f.outer == 1 ? kAheadBytes / int64_t(sizeof(T)) : -row;  // what is written after this
   const auto write_block = [&](const RowBlock& block) {
     GradCoefficients<Real<T>> g[kMaxBlock];
-    for (int64_t k = 0; k < block.count; ++k) g[k] = pass.coefficients<Real<T>>(block.first + k);
+    pass.coefficients(block.first, block.count, false, g);
     for (int64_t o = f.outer; o-- > 0;) {
       const int64_t start = block.offset + o * row;
       if (pass.constant)

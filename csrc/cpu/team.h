@@ -25,12 +25,14 @@ FN_INLINE int threads_for(int64_t elements, int64_t tasks) {
 struct Team {
   int size = 1, rank = 0;
 
-  // Every member calls it. Tasks are handed out as members come free; all are done when it returns.
+  // Every member calls it. Tasks are handed out as members come free, some at a time, since cores that take turns at a
+  // counter, and at the results of neighbouring tasks, wait for each other; all are done when it returns.
   template <class Task>
   FN_INLINE void each(int64_t tasks, Task&& task) const {
 #if defined(_OPENMP)
     if (size > 1) {
-#pragma omp for schedule(dynamic, 1)
+      const int64_t some = tasks / (32 * size) > 0 ? tasks / (32 * size) : 1;
+#pragma omp for schedule(dynamic, some)
       for (int64_t i = 0; i < tasks; ++i) task(i);
       return;
     }
