@@ -191,7 +191,11 @@ def update(running: Array | None, momentum: float, new: Array) -> None:
 def gradient(parameter: Array | None, x: Array, layout: Layout) -> Array:
     """Where the gradient of a parameter goes, in its dtype; without one float32, for float64 x float64."""
     dtype = (FLOAT64 if x.dtype == FLOAT64 else FLOAT32) if parameter is None else parameter.dtype
-    return arrays.empty(layout.parameters, dtype, beside=x)
+    return (
+        np.empty(layout.parameters, dtype)
+        if type(x) is np.ndarray
+        else arrays.empty(layout.parameters, dtype, beside=x)
+    )
 
 
 def cut(part: Part, *used: Array | None) -> tuple[Any, ...]:
