@@ -92,6 +92,11 @@ def on(device: str) -> AbstractContextManager[Any]:
     return nullcontext() if device == "cpu" else import_module("cupy").cuda.Device(int(device[5:]))
 
 
+def is_elsewhere(x: Array) -> bool:
+    """Whether x is of a GPU that is not the current one."""
+    return not isinstance(x, np.ndarray) and bool(x.device != import_module("cupy").cuda.Device())
+
+
 def moved(a: Array, to: str) -> Array:
     """`a` on a device, "cpu" or "cuda:1": itself where it is there, else a copy."""
     if device(a) == to:

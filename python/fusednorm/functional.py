@@ -181,7 +181,6 @@ def _hashable(normalized_shape: int | Sequence[int]) -> int | _Shape:
     return normalized_shape if type(normalized_shape) in (int, tuple) else _shape_of(normalized_shape)  # type: ignore[return-value]
 
 
-@arrays.on_its_device
 def _forward(
     x: Array,
     layout_of: LayoutOf,
@@ -206,7 +205,15 @@ def _forward(
     `counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average. `averaged`: running statistics
     take in the samples' average. Without `center` the mean is 0, and None.
     """
-    given = x if type(x) is np.ndarray else arrays.taken(x, "x")
+    given = x
+    if type(x) is not np.ndarray:
+        given = arrays.taken(x, "x")
+        if arrays.is_elsewhere(given):
+            with arrays.on(arrays.device(given)):
+                return _forward(
+                    given, layout_of, how, weight, bias, eps, out, running_mean, running_var, training, momentum,
+                    counted, residual, activation, mask, averaged, center,
+                )  # fmt: skip
     code, slope = (0, 0.0) if activation is None else _activation(activation)
     if momentum is None:
         raise TypeError("momentum must be a number; only a layer takes None, for a cumulative average")
@@ -243,7 +250,6 @@ def _forward(
     return y, mean if center else None, rstd
 
 
-@arrays.on_its_device
 def _backward(
     dy: Array,
     x: Array,
@@ -260,7 +266,14 @@ def _backward(
     mask: Array | None = None,
 ) -> tuple[Array, Array, Array, Any]:
     """dx, dweight, dbias and dresidual, or None, of every norm. `constant`: mean and rstd were not taken from x."""
-    given = x if type(x) is np.ndarray else arrays.taken(x, "x")
+    given = x
+    if type(x) is not np.ndarray:
+        given = arrays.taken(x, "x")
+        if arrays.is_elsewhere(given):
+            with arrays.on(arrays.device(given)):
+                return _backward(
+                    dy, given, layout_of, how, mean, rstd, weight, bias, out, constant, residual, activation, mask
+                )
     code, slope = (0, 0.0) if activation is None else _activation(activation)
     x, layout = operands.dense(given, layout_of, how)
     dy = operands.alike(dy, "dy", given, x)
