@@ -157,6 +157,18 @@ FN_INLINE Deviations deviations(const T* x, const Runs& r, Real<T> hi, int64_t a
                                           : deviations_in<kSlots<T>>(x, r, hi, ahead);
 }
 
+// Whether deviations whose sums are nothing are so because they underflowed.
+template <class T>
+FN_INLINE bool underflown(const T* x, const Runs& r, Real<T> hi, const Deviations& d) {
+  if (sizeof(Real<T>) == 8 || d.sum != 0 || d.squares != 0) return false;
+  MaskOf<Real<T>> differs{};
+  sweep<T, 1>(r, [&](int64_t i, int, auto there) FN_LAMBDA {
+    const Lanes<T> v = load(x + i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p) differs |= live<T>(v.v[p] - hi, p, there) != 0;
+  });
+  return any(differs);
+}
+
 template <class T>
 FN_INLINE Real<T> mean_of_first_pack(const T* x, const Runs& r) {
   constexpr int64_t width = Pack<T>::width;
@@ -180,13 +192,13 @@ FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, 
       hi = R(double(hi) + d.sum / k);
       d = deviations(x, r, hi, ahead);
     }
-    if (out_of_range<T>(d.sum, d.squares)) return m.merge(chunk_moments_wide(x, r, center));
+    if (out_of_range<T>(d.sum, d.squares) || underflown(x, r, hi, d)) return m.merge(chunk_moments_wide(x, r, center));
     const double m2 = d.squares - d.sum * d.sum / k;
     return m.merge({k, double(hi) + d.sum / k, m2 < 0 ? 0 : m2});
   }
   const R hi = R(m.mean);
   const Deviations d = deviations(x, r, hi, ahead);
-  if (out_of_range<T>(d.sum, d.squares)) return m.merge(chunk_moments_wide(x, r, center));
+  if (out_of_range<T>(d.sum, d.squares) || underflown(x, r, hi, d)) return m.merge(chunk_moments_wide(x, r, center));
   if (center) return m.add(k, double(hi), d.sum, d.squares);
   m.n += k;
   m.m2 += d.squares;
@@ -276,8 +288,9 @@ template <class T>
       const double s = double(all[slab]), q = double(all_squares[slab]);
       Moments& m = found[from + slab];
       m = Moments();
-      if (out_of_range<T>(s, q) || (center && !(s * s <= 0.5 * k * q))) {
-        add_chunk(first, Runs{slab * length, 0, 1, length}, center, 0, m);
+      const Runs run{slab * length, 0, 1, length};
+      if (out_of_range<T>(s, q) || (center && !(s * s <= 0.5 * k * q)) || underflown(first, run, hi[slab], {s, q})) {
+        add_chunk(first, run, center, 0, m);
         continue;
       }
       const double m2 = center ? q - s * s / k : q;
