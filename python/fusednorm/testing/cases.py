@@ -105,11 +105,6 @@ class Case:
         return self.norm in ("layer", "rms")
 
     @property
-    def on_cpu_only(self) -> bool:
-        """No CUDA kernel takes lines, nor groups of channels."""
-        return self.has_lines or self.norm in ("group", "weight")
-
-    @property
     def has_samples(self) -> bool:
         """Whether each sample has statistics of its own."""
         return self.norm in ("instance", "group", "switchable")
