@@ -40,14 +40,6 @@ FN_INLINE F narrow(const D* wide, F) {
   memcpy(&v, half, sizeof v);
   return v;
 }
-template <class Mask>
-FN_INLINE bool any(Mask m) {
-  int64_t word[sizeof m / 8], found = 0;
-  memcpy(word, &m, sizeof m);
-  for (int64_t w : word) found |= w;
-  return found != 0;
-}
-
 // A rectangle of one panel's width or less.
 struct Block {
   int64_t offset, rows, columns, stride;  // elements
@@ -162,6 +154,39 @@ template <class T>
     }
 }
 
+// Sums of nothing, though not all numbers are the pivot: their squares underflowed, and are marked with NaN as out of
+// range. Beside a pivot above 1e-12 no float's distance squared does.
+template <class T>
+FN_INLINE void mark_underflow(const T* base, const Block& block, const PanelSums<T>& pivot, const PanelSums<T>& sum,
+                              PanelSums<T>& squares, MaskOf<Real<T>>& suspect) {
+  using R = Real<T>;
+  if constexpr (sizeof(R) == 4) {
+    constexpr int parts = Pack<T>::parts;
+    MaskOf<R> nothing[kPanelVectors<T>] = {}, some{};
+    across<T>(block.columns, [&](int64_t, int64_t index, auto there) FN_LAMBDA {
+      for (int part = 0; part < parts; ++part) {
+        const int64_t i = index * parts + part;
+        const auto p = pivot.v[i];
+        nothing[i] = (sum.v[i] == 0) & (squares.v[i] == 0) & (p < 1e-12f) & (p > -1e-12f);
+        nothing[i] &= live<T>(Vector<R>{} + 1, part, there) != 0;
+        some |= nothing[i];
+      }
+    });
+    if (!any(some)) return;
+    MaskOf<R> differs[kPanelVectors<T>] = {};
+    down<T, 1>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto) FN_LAMBDA {
+      const Lanes<T> v = load(base + r * block.stride + j, there);
+      for (int part = 0; part < parts; ++part)
+        differs[index * parts + part] |= v.v[part] != pivot.v[index * parts + part];
+    });
+    for (int i = 0; i < kPanelVectors<T>; ++i) {
+      const MaskOf<R> underflown = nothing[i] & differs[i];
+      suspect |= underflown;
+      squares.v[i] = Math::select(underflown, Vector<R>{} + __builtin_nanf(""), squares.v[i]);
+    }
+  }
+}
+
 // `ahead`: elements to what is read next.
 template <class T>
 [[gnu::noinline]] void add_chunk(const T* x, const Block& block, bool center, int64_t ahead, PanelMoments<T>& tile) {
@@ -206,6 +231,7 @@ template <class T>
     else
       suspect |= ~((q > 1e-28f) & (q < 1e38f)) & ~((s == 0) & (q == 0));
   }
+  mark_underflow(base, block, pivot, sum, squares, suspect);
   const bool mend = any(suspect);
   PanelMoments<T> before;
   if (mend) before = tile;
@@ -252,8 +278,8 @@ FN_INLINE void to_columns(const D* vectors, int64_t columns, double* out) {
         if (j < columns) out[j] = vectors[vector][lane % kLanes<double>];
       }
 }
-// Fills the registers of the columns [begin, end), which begin at the channel `turn`: of(channel) is found once for each
-// channel, and kept in `own` [groups]; set(register, part, lane, own) hands it to its lanes. Lanes beyond the last
+// Fills the registers of the columns [begin, end), which begin at the channel `turn`: of(channel, count, to) finds those
+// of each channel once, which are kept in `own` [groups]; set(register, part, lane, own) hands it to its lanes. Lanes beyond the last
 // column are filled too.
 template <class T, class Coefficients, class Of, class Set>
 FN_INLINE void fill_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Coefficients* own,
@@ -263,7 +289,12 @@ FN_INLINE void fill_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t beg
     const int64_t c = (column < shape.columns ? column : shape.columns - 1) + turn;
     return c < shape.groups ? c : c % shape.groups;
   };
-  for (int64_t j = begin; j < end && j < shape.groups; ++j) own[channel(j)] = of(channel(j));
+  const int64_t last = end < shape.groups ? end : shape.groups;
+  for (int64_t j = begin, count; j < last; j += count) {
+    const int64_t c = channel(j);
+    count = last - j < shape.groups - c ? last - j : shape.groups - c;
+    of(c, count, own + c);
+  }
   for (int64_t index = begin / width; index * width < end; ++index)
     for (int part = 0; part < Pack<T>::parts; ++part)
       for (int lane = 0; lane < kLanes<Real<T>>; ++lane)
@@ -504,7 +535,19 @@ void forward_columns(const E& e, const ForwardPass& pass) {
       n += more;
     }
     for (int64_t first = at.begin; first < at.end && first < f.groups; first += pass.share) {
-      Moments m;
+      Moments m = {n, mean[first], m2[first]};
+      if (shape.repeat == 1 && pass.share > 1) {  // as many numbers in each column
+        double offset = 0, within = 0, between = 0;
+        for (int64_t c = first; c < first + pass.share; ++c) offset += mean[c] - m.mean;
+        const double all = m.mean + offset / double(pass.share);
+        for (int64_t c = first; c < first + pass.share; ++c) {
+          within += m2[c];
+          between += (mean[c] - all) * (mean[c] - all);
+        }
+        pass.found[(at.b * f.groups + first) / pass.share] = {n * double(pass.share), all, within + n * between};
+        continue;
+      }
+      m = Moments();
       for (int64_t c = first; c < first + pass.share; ++c) {
         for (int64_t j = c; j < at.end; j += f.groups) m.merge({n, mean[j], m2[j]});
         const int64_t last = shape.tiles * shape.columns + c;
@@ -518,7 +561,7 @@ void forward_columns(const E& e, const ForwardPass& pass) {
     const int64_t turn = writes.head(at.b);
     fill_lanes(
         shape, turn, at.begin, at.end, own.get() + at.b * f.groups,
-        [&](int64_t c) { return pass.affine<R>(at.b * f.groups + c); },
+        [&](int64_t c, int64_t count, Affine<R>* to) { pass.affine(at.b * f.groups + c, count, to); },
         [&](int64_t index, int part, int lane, const Affine<R>& one) {
           auto& to = a[index].part[part];
           to.hi[lane] = one.hi;
@@ -585,7 +628,9 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     g += at.b * registers;
     fill_lanes(
         shape, turn, at.begin, at.end, own.get() + at.b * f.groups,
-        [&](int64_t c) { return pass.coefficients<R>(at.b * f.groups + c, sums_only); },
+        [&](int64_t c, int64_t count, GradCoefficients<R>* to) {
+          pass.coefficients(at.b * f.groups + c, count, sums_only, to);
+        },
         [&](int64_t index, int part, int lane, const GradCoefficients<R>& one) {
           auto& to = g[index].part[part];
           to.hi[lane] = one.hi;

@@ -96,10 +96,23 @@ struct ForwardPass {
     if (given_rstd) return given_rstd[s];
     return 1 / __builtin_sqrt((found[s].n > 0 ? found[s].m2 / found[s].n : 0) + eps);
   }
+  // Of `count` cells from number `cell` on.
+  template <class R>
+  FN_INLINE void affine(int64_t cell, int64_t count, Affine<R>* to) const {
+    int64_t s = cell / share, left = share - cell % share, c = cell % channels;
+    for (int64_t k = 0; k < count; ++s, left = share) {
+      const double own_mean = mean(s), own_rstd = rstd(s);
+      for (; left > 0 && k < count; --left, ++k) {
+        to[k] = fusednorm::affine<R>(own_mean, own_rstd, weight.get_or(c, 1), bias.get_or(c, 0));
+        if (++c == channels) c = 0;
+      }
+    }
+  }
   template <class R>
   FN_INLINE Affine<R> affine(int64_t cell) const {
-    const int64_t s = cell / share, c = cell % channels;
-    return fusednorm::affine<R>(mean(s), rstd(s), weight.get_or(c, 1), bias.get_or(c, 0));
+    Affine<R> one;
+    affine(cell, 1, &one);
+    return one;
   }
 };
 
@@ -119,33 +132,47 @@ struct BackwardPass {
   // Between the sweeps: the sums over `count` statistics from number `first` on, of those of their cells.
   template <class R>
   FN_INLINE void sum_cells(int64_t first, int64_t count) const {
+    int64_t cell = first * share, c = cell % channels;
     for (int64_t s = first; s < first + count; ++s) {
+      const double own_lo = lo<R>(s);
       GradSums sum;
-      for (int64_t cell = s * share; cell < s * share + share; ++cell) {
-        const double w = weight.get_or(cell % channels, 1);
-        sum.merge({w * found[cell].u, w * found[cell].ux(lo<R>(s), rstd[s])});
+      for (const int64_t end = cell + share; cell < end; ++cell) {
+        const double w = weight.get_or(c, 1);
+        sum.merge({w * found[cell].u, w * found[cell].ux(own_lo, rstd[s])});
+        if (++c == channels) c = 0;
       }
       s12[s] = sum;
     }
   }
 
-  // `sums_only`: without what follows from the sums.
+  // Of `count` cells from number `cell` on. `sums_only`: without what follows from the sums.
+  template <class R>
+  FN_INLINE void coefficients(int64_t cell, int64_t count, bool sums_only, GradCoefficients<R>* to) const {
+    int64_t s = cell / share, left = share - cell % share, c = cell % channels;
+    for (int64_t k = 0; k < count; ++s, left = share) {
+      const double n = counted ? counted[s / fold.groups] * double(share) : double(fold.per_statistic());
+      double x_hat = 0, one = 0;
+      if (cx || c0) {
+        x_hat = cx ? cx[s] : 0;
+        one = c0 ? c0[s] : 0;
+      } else if (!constant && !sums_only && n > 0) {
+        x_hat = -s12[s].uz / n;
+        one = mean ? -s12[s].u / n : 0;
+      }
+      for (; left > 0 && k < count; --left, ++k) {
+        const double w = weight.get_or(c, 1);
+        const Affine<R> a = fusednorm::affine<R>(mean_of(s), rstd[s], w, bias.get_or(c, 0));
+        const GradAffine<R> g = fusednorm::grad_affine<R>(mean_of(s), rstd[s], w, x_hat, one);
+        to[k] = {g.hi, g.rstd, g.scale, g.slope, g.shift, a.scale, a.shift};
+        if (++c == channels) c = 0;
+      }
+    }
+  }
   template <class R>
   FN_INLINE GradCoefficients<R> coefficients(int64_t cell, bool sums_only = false) const {
-    const int64_t s = share == 1 ? cell : cell / share, c = cell % channels;
-    const double w = weight.get_or(c, 1),
-                 n = counted ? counted[cell / channels] * double(share) : double(fold.per_statistic());
-    double x_hat = 0, one = 0;
-    if (cx || c0) {
-      x_hat = cx ? cx[s] : 0;
-      one = c0 ? c0[s] : 0;
-    } else if (!constant && !sums_only && n > 0) {
-      x_hat = -s12[s].uz / n;
-      one = mean ? -s12[s].u / n : 0;
-    }
-    const Affine<R> a = fusednorm::affine<R>(mean_of(s), rstd[s], w, bias.get_or(c, 0));
-    const GradAffine<R> g = fusednorm::grad_affine<R>(mean_of(s), rstd[s], w, x_hat, one);
-    return {g.hi, g.rstd, g.scale, g.slope, g.shift, a.scale, a.shift};
+    GradCoefficients<R> one;
+    coefficients(cell, 1, sums_only, &one);
+    return one;
   }
   FN_INLINE double mean_of(int64_t s) const { return mean ? mean[s] : 0; }
   template <class R>

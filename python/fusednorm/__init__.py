@@ -32,11 +32,14 @@ from fusednorm.functional import (
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,
+    switchable_norm,
+    switchable_norm_backward,
+    switchable_norm_forward,
     weight_norm,
     weight_norm_backward,
     weight_norm_forward,
 )
-from fusednorm.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, WeightNorm
+from fusednorm.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, SwitchableNorm, WeightNorm
 from fusednorm.preprocessing import Standardizer, Whitener
 from fusednorm.statistics import Moments
 
@@ -48,6 +51,7 @@ __all__ = [
     "Moments",
     "RMSNorm",
     "Standardizer",
+    "SwitchableNorm",
     "WeightNorm",
     "Whitener",
     "batch_norm",
@@ -72,6 +76,9 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_forward",
     "set_num_threads",
+    "switchable_norm",
+    "switchable_norm_backward",
+    "switchable_norm_forward",
     "weight_norm",
     "weight_norm_backward",
     "weight_norm_forward",

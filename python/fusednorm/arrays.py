@@ -43,10 +43,6 @@ def taken(x: object, name: str) -> Array:
     raise TypeError(f"{name} must be a NumPy or CuPy array, not {kind}")
 
 
-def taken_if_any(x: object | None, name: str) -> Array | None:
-    return None if x is None else taken(x, name)
-
-
 def is_of_a_gpu(x: object) -> bool:
     # Of some libraries all arrays have the attribute, and it raises for those of the CPU.
     try:
@@ -94,6 +90,11 @@ def checked_device(name: str) -> str:
 def on(device: str) -> AbstractContextManager[Any]:
     """Makes a device, "cpu" or "cuda:1", the current one."""
     return nullcontext() if device == "cpu" else import_module("cupy").cuda.Device(int(device[5:]))
+
+
+def is_elsewhere(x: Array) -> bool:
+    """Whether x is of a GPU that is not the current one."""
+    return not isinstance(x, np.ndarray) and bool(x.device != import_module("cupy").cuda.Device())
 
 
 def moved(a: Array, to: str) -> Array:
@@ -217,6 +218,11 @@ def laid_out_like(x: Array, like: Array) -> Array:
     copy = empty_like(like)
     copy[...] = x
     return copy
+
+
+def share(a: Array, b: Array) -> bool:
+    """Whether `a` and `b`, whose extents meet, share memory. On a GPU the extents decide."""
+    return not isinstance(a, np.ndarray) or np.shares_memory(a, b)
 
 
 def overlaps(a: Array, b: Array) -> bool:

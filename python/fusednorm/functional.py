@@ -10,6 +10,7 @@ instance             each channel of each sample                   (N, 1, C, HW,
 group                each group of channels of each sample         (N, 1, G, C/G·HW, HW)      (N, G)
 layer, RMS           each line of the last axes                    (M, 1, 1, D, 1)            x's shape without these
 weight               each index of `dim`                           (1, A, O, B, B)            (O,)
+switchable           as instance, and merged from these            (N, 1, C, HW, HW)          (3, N, C), (N, C)
 ===================  ============================================  =========================  ==========================
 
 The other memory layouts are in fold.py. RMS and weight norm take the mean as 0. So a norm is its layout function, which
@@ -129,6 +130,16 @@ def _instance(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Layou
 
 
 @lru_cache(maxsize=4096)
+def _switchable(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Layout | None:
+    layout = _instance(shape, strides, dtype, axis)
+    if layout is None:
+        return None
+    lone = math.prod(shape) == layout.saved[1] > 0
+    few = f"Expected more than 1 value per channel when training, got input size {shape}" if lone else ""
+    return layout._replace(too_few=few, evaluation="training=False")
+
+
+@lru_cache(maxsize=4096)
 def _lines(shape: _Shape, strides: _Shape, dtype: _DType, normalized: int | _Shape) -> Layout | None:
     normalized = _shape_of(normalized)
     kept = shape[: max(len(shape) - len(normalized), 0)]
@@ -170,7 +181,6 @@ def _hashable(normalized_shape: int | Sequence[int]) -> int | _Shape:
     return normalized_shape if type(normalized_shape) in (int, tuple) else _shape_of(normalized_shape)  # type: ignore[return-value]
 
 
-@arrays.on_its_device
 def _forward(
     x: Array,
     layout_of: LayoutOf,
@@ -195,24 +205,27 @@ def _forward(
     `counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average. `averaged`: running statistics
     take in the samples' average. Without `center` the mean is 0, and None.
     """
-    given = x if type(x) is np.ndarray else arrays.taken(x, "x")
+    given = x
+    if type(x) is not np.ndarray:
+        given = arrays.taken(x, "x")
+        if arrays.is_elsewhere(given):
+            with arrays.on(arrays.device(given)):
+                return _forward(
+                    given, layout_of, how, weight, bias, eps, out, running_mean, running_var, training, momentum,
+                    counted, residual, activation, mask, averaged, center,
+                )  # fmt: skip
     code, slope = (0, 0.0) if activation is None else _activation(activation)
     if momentum is None:
         raise TypeError("momentum must be a number; only a layer takes None, for a cumulative average")
     x, layout = operands.dense(given, layout_of, how)
-    if training:
-        if layout.too_few:
-            raise ValueError(layout.too_few)
-        if not eps > 0 and layout.positive_eps:
-            raise ValueError(f"batch_norm eps must be positive, but got {eps}")
-    elif running_mean is None or running_var is None:
-        raise ValueError(f"Expected running_mean and running_var to be defined when {layout.evaluation}")
+    operands.expect_statistics(layout, training, eps, running_mean, running_var)
     if residual is not None:
         residual = operands.alike(residual, "residual", given, x)
-    if type(x) is not np.ndarray or layout.axis is None:
+    if layout.axis is None or type(x) is not np.ndarray:
         weight, bias = operands.parameter(weight, "weight", layout), operands.parameter(bias, "bias", layout)
-        running_mean = arrays.taken_if_any(running_mean, "running_mean")
-        running_var = arrays.taken_if_any(running_var, "running_var")
+        if running_mean is not None and running_var is not None:
+            running_mean = arrays.taken(running_mean, "running_mean")
+            running_var = arrays.taken(running_var, "running_var")
     positions = None if mask is None else operands.positions(mask, x, layout)
     if out is None:
         y = arrays.empty_like(x)
@@ -237,7 +250,6 @@ def _forward(
     return y, mean if center else None, rstd
 
 
-@arrays.on_its_device
 def _backward(
     dy: Array,
     x: Array,
@@ -254,7 +266,14 @@ def _backward(
     mask: Array | None = None,
 ) -> tuple[Array, Array, Array, Any]:
     """dx, dweight, dbias and dresidual, or None, of every norm. `constant`: mean and rstd were not taken from x."""
-    given = x if type(x) is np.ndarray else arrays.taken(x, "x")
+    given = x
+    if type(x) is not np.ndarray:
+        given = arrays.taken(x, "x")
+        if arrays.is_elsewhere(given):
+            with arrays.on(arrays.device(given)):
+                return _backward(
+                    dy, given, layout_of, how, mean, rstd, weight, bias, out, constant, residual, activation, mask
+                )
     code, slope = (0, 0.0) if activation is None else _activation(activation)
     x, layout = operands.dense(given, layout_of, how)
     dy = operands.alike(dy, "dy", given, x)
@@ -758,6 +777,208 @@ def rms_norm_backward(
     return _backward(dy, x, _lines, (normalized,), None, rstd, weight, None, out)[:2]
 
 
+def _shares(logits: Array, name: str, x: Array) -> Array:
+    """The softmax of three logits."""
+    logits = arrays.taken(logits, name)
+    arrays.expect_beside(logits, name, x)
+    operands.floating(name, logits.dtype)
+    if logits.shape != (3,):
+        raise ValueError(f"{name} should contain 3 elements not {logits.size}")
+    wide = logits.astype(np.float64)
+    powers = np.exp(wide - wide.max())
+    return powers / powers.sum()  # type: ignore[no-any-return]
+
+
+def _mixed(shares: Array, parts: Array) -> Array:
+    return shares[0] * parts[0] + shares[1] * parts[1] + shares[2] * parts[2]  # type: ignore[no-any-return]
+
+
+def _merged(
+    shape: tuple[int, int, int], counts: Array, means: Array, m2: Array, queue: tuple[int, Array | None]
+) -> tuple[Array, Array]:
+    """Mean and variance of the union of moments along the second of the three lengths that they are seen in."""
+    count, mean = arrays.statistics(counts, (shape[0] * shape[2],))
+    merged, _ = arrays.statistics(counts, count.shape)
+    _C.merge(*shape, counts, means, m2, count, mean, merged, queue[0])
+    arrays.launched(queue, count, mean, merged)
+    return mean, merged / arrays.namespace(counts).maximum(count, 1)
+
+
+def switchable_norm(
+    x: Array,
+    mean_logits: Array,
+    var_logits: Array,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    out: Array | None = None,
+) -> Array:
+    """Switchable normalization with arguments in the order of :func:`batch_norm`; see
+    :func:`switchable_norm_forward`."""
+    return switchable_norm_forward(
+        x, mean_logits, var_logits, weight, bias, running_mean=running_mean, running_var=running_var, training=training,
+        momentum=momentum, eps=eps, axis=axis, out=out,
+    )[0]  # fmt: skip
+
+
+@arrays.on_its_device
+def switchable_norm_forward(
+    x: Array,
+    mean_logits: Array,
+    var_logits: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    axis: int = 1,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    """Switchable normalization (Luo et al. 2018): ``y = (x − mean)·rstd·weight + bias`` with statistics that are mixed
+    from those of the instance, the layer and the batch: ``mean = Σ softmax(mean_logits)·means``, ``rstd = 1/√(Σ
+    softmax(var_logits)·variances + eps)``.
+
+    The instances' moments are one pass over x; those of the layer and of the batch are merged from them.
+    docs/switchable.md derives the backward.
+
+    Parameters
+    ----------
+    x : (N, C), (N, C, *spatial) or any other place of C
+        As in :func:`instance_norm_forward`.
+    mean_logits, var_logits : (3,)
+        For instance, layer and batch, in this order. Any of the four dtypes.
+    weight, bias : (C,), optional
+        Any of the four dtypes, whatever x's.
+    running_mean, running_var : (C,), optional
+        The batch's part, as in :func:`batch_norm_forward`. Used, and needed, when not training.
+    training : bool
+        Whether the batch's part is x's or the running one. The others are x's in evaluation, too.
+    momentum, eps, axis
+        As in :func:`batch_norm_forward`.
+    out : like x, optional
+        Where y goes, any strides. It may be x itself; a backward needs the original x.
+
+    Returns
+    -------
+    y : like x
+    means, variances : float64, (3, N, C)
+        What was mixed, in the order of the logits.
+    rstd : float64, (N, C)
+
+    Raises
+    ------
+    ValueError
+        One value per channel in training, running statistics missing in evaluation, sizes that do not fit, an array to
+        be written that is read-only or shares memory with another. AxisError for the axis.
+    TypeError
+        Arrays of another kind, other dtypes, momentum None.
+    """
+    if momentum is None:
+        raise TypeError("momentum must be a number; only a layer takes None, for a cumulative average")
+    given = arrays.taken(x, "x")
+    x, layout = operands.dense(given, _switchable, (axis,))
+    operands.expect_statistics(layout, training, eps, running_mean, running_var)
+    folded, (n, c) = layout.parts[0].fold, layout.saved
+    p, q = _shares(mean_logits, "mean_logits", x), _shares(var_logits, "var_logits", x)
+    weight, bias = operands.parameter(weight, "weight", layout), operands.parameter(bias, "bias", layout)
+    running = operands.running(running_mean, running_var, (weight, bias), x, c, training)
+    if out is None:
+        y = arrays.empty_like(x)
+    else:
+        y, out = operands.output(out, given, x, (given, weight, bias, mean_logits, var_logits, *running))
+    means, variances = arrays.statistics(x, (3, n, c))
+    counts, m2 = arrays.statistics(x, (n, c))
+    queue = arrays.queue(x, folded)
+    _C.moments(folded, x, None, True, counts, means[0], m2, *queue)
+    arrays.launched(queue, counts, means, m2)
+    variances[0] = m2 / max(folded.per_statistic, 1)
+    layer = _merged((n, c, 1), counts, means[0], m2, queue)
+    batch = _merged((1, n, c), counts, means[0], m2, queue) if training else running
+    means[1], variances[1] = (a[:, None] for a in layer)
+    means[2], variances[2] = batch
+    mean, rstd = _mixed(p, means), 1 / np.sqrt(_mixed(q, variances) + eps)
+    _C.normalize(folded, x, mean, rstd, weight, bias, None, 0, 0.0, y, *queue)
+    arrays.launched(queue, mean, rstd, y)
+    if training and x.size:
+        values = folded.size // c
+        operands.update(running[0], momentum, means[2, 0])
+        operands.update(running[1], momentum, variances[2, 0] * (values / (values - 1)))
+    if out is not None or x is not given:
+        y = operands.deliver(y, out, given)
+    return y, means, variances, rstd
+
+
+@arrays.on_its_device
+def switchable_norm_backward(
+    dy: Array,
+    x: Array,
+    means: Array,
+    variances: Array,
+    rstd: Array,
+    mean_logits: Array,
+    var_logits: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    training: bool = True,
+    axis: int = 1,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Gradients of :func:`switchable_norm_forward`: dx like x, dweight and dbias (C,), dmean_logits and dvar_logits
+    (3,).
+
+    dy is like x, its memory layout may differ. means, variances and rstd are the forward's; `training` False says that
+    the batch's part was constant. bias only says which dtype its gradient has.
+    `out`, where dx goes, may be dy or x itself. Gradients of parameters are in their dtype; without one float32, for
+    float64 x float64. Raises as the forward.
+    """
+    given = arrays.taken(x, "x")
+    x, layout = operands.dense(given, _switchable, (axis,))
+    folded, (n, c) = layout.parts[0].fold, layout.saved
+    dy = operands.alike(dy, "dy", given, x)
+    means = operands.statistics(means, "means", x, layout, 3)
+    variances = operands.statistics(variances, "variances", x, layout, 3)
+    r = operands.statistics(rstd, "rstd", x, layout)
+    p, q = _shares(mean_logits, "mean_logits", x), _shares(var_logits, "var_logits", x)
+    weight, bias = operands.parameter(weight, "weight", layout), operands.parameter(bias, "bias", layout)
+    if out is None:
+        dx = arrays.empty_like(x)
+    else:
+        dx, out = operands.output(out, given, x, (given, dy, weight, bias))
+    dweight, dbias = operands.gradient(weight, x, layout), operands.gradient(bias, x, layout)
+    s1, s2 = arrays.statistics(x, layout.saved)
+    mean = _mixed(p, means)
+    queue = arrays.queue(x, folded)
+    _C.grad_sums(folded, dy, x, mean, r, weight, None, None, 0, 0.0, s1, s2, dweight, dbias, *queue)
+    arrays.launched(queue, mean, r, s1, s2, dweight, dbias)
+    # Gradients with respect to the mixed mean and variance, and from there to those of the instance.
+    dmean, dvar = -r * s1, -0.5 * r * r * s2
+    of_mean, of_var = p[0] * dmean, q[0] * dvar
+    shared = [(1, 1, c)] + [(2, 0, n)] * training
+    for part, over, count in shared:  # the layer over its channels, the batch over its samples
+        dmean_, dvar_ = (a.sum(over, keepdims=True) / max(count, 1) for a in (dmean, dvar))
+        of_mean += p[part] * dmean_ + 2 * q[part] * (means[0] - means[part]) * dvar_
+        of_var += q[part] * dvar_
+    pixels = max(folded.per_statistic, 1)
+    cx, c0 = 2 * of_var / (pixels * r * r), (of_mean + 2 * of_var * (mean - means[0])) / (pixels * r)
+    _C.grad_input(folded, dy, x, mean, r, weight, None, None, 0, 0.0, cx, c0, None, dx, None, *queue)
+    arrays.launched(queue, cx, c0, dx)
+    dmean_logits = p * (dmean * (means - mean)).sum((1, 2))
+    dvar_logits = q * (dvar * (variances - _mixed(q, variances))).sum((1, 2))
+    if out is not None or x is not given:
+        dx = operands.deliver(dx, out, given)
+    return dx, dweight, dbias, dmean_logits.astype(mean_logits.dtype), dvar_logits.astype(var_logits.dtype)
+
+
 def weight_norm(v: Array, g: Array, dim: int | None = 0, *, out: Array | None = None) -> Array:
     """Weight normalization as PyTorch's ``weight_norm``; see :func:`weight_norm_forward`."""
     return weight_norm_forward(v, g, dim, out=out)[0]
@@ -809,7 +1030,9 @@ def weight_norm_backward(
     Raises as the forward.
     """
     dim, lengths, root = _lengths(v, g, dim)
-    norm = arrays.taken(norm, "norm")
+    dw, norm = arrays.taken(dw, "dw"), arrays.taken(norm, "norm")
+    if dw.shape != v.shape:
+        raise ValueError(f"dw must have v's shape {v.shape}, got {dw.shape}")
     if norm.shape != g.shape:
         raise ValueError(f"norm must have shape {g.shape}, got {norm.shape}")
     operands.floating("norm", norm.dtype)

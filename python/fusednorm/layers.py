@@ -15,7 +15,7 @@ from fusednorm.functional import Activation
 
 _L = TypeVar("_L", bound="_Layer")
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "WeightNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "SwitchableNorm", "WeightNorm"]
 
 
 def _dtype(dtype: Any) -> np.dtype[Any]:
@@ -593,6 +593,117 @@ class RMSNorm(_Layer):
 
     def __repr__(self) -> str:
         return f"RMSNorm({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine})"
+
+
+class SwitchableNorm(_Running):
+    """Switchable normalization (Luo et al. 2018): statistics that are mixed, by learned shares, from those of the
+    instance, the layer and the batch. See :func:`fusednorm.switchable_norm_forward`.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, axis, dtype, device
+        As in :class:`BatchNorm`.
+    track_running_stats : bool
+        False: no running statistics; the batch's part is the batch's in evaluation, too.
+
+    Attributes
+    ----------
+    mean_logits, var_logits : (3,) arrays
+        Their softmax is how the statistics are mixed: instance, layer, batch. Ones at first, a third each, as the
+        authors' mean_weight and var_weight.
+    mean_logits_grad, var_logits_grad : arrays or None
+        Set by :meth:`backward`, in the parameter's dtype.
+
+    The other attributes, and what a call keeps, are those of :class:`BatchNorm`.
+    """
+
+    _arrays: ClassVar[tuple[str, ...]] = (*_Running._arrays, "mean_logits", "var_logits")
+    _gradients: ClassVar[tuple[str, ...]] = (*_Running._gradients, "mean_logits_grad", "var_logits_grad")
+    mean_logits = _own("mean_logits")
+    var_logits = _own("var_logits")
+    mean_logits_grad: Array | None
+    var_logits_grad: Array | None
+    _mean_logits: Array
+    _var_logits: Array
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int = 1,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            axis,
+            dtype,
+            device,
+            mean_logits=np.ones(3, _dtype(dtype)),
+            var_logits=np.ones(3, _dtype(dtype)),
+        )
+
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`switchable_norm_forward`."""
+        self._here(x)
+        of_batch = self.training or not self.track_running_stats
+        momentum, counted = self._weighing()
+        y, *saved = functional.switchable_norm_forward(
+            x,
+            self._mean_logits,
+            self._var_logits,
+            self._weight,
+            self._bias,
+            running_mean=self._running_mean,
+            running_var=self._running_var,
+            training=of_batch,
+            momentum=momentum if counted < 0 else 1 / (counted + 1),
+            eps=self.eps,
+            axis=self.axis,
+            out=out,
+        )
+        if of_batch and self.track_running_stats and y.size:
+            self.num_batches_tracked += 1
+        self._saved.call = (x, saved, of_batch)
+        return y
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """dx; sets weight_grad, bias_grad, mean_logits_grad and var_logits_grad. RuntimeError where there was no call
+        since the last backward.
+        """
+        x, (means, variances, rstd), of_batch = self._take_saved()
+        dx, dweight, dbias, self.mean_logits_grad, self.var_logits_grad = functional.switchable_norm_backward(
+            dy,
+            x,
+            means,
+            variances,
+            rstd,
+            self._mean_logits,
+            self._var_logits,
+            self._weight,
+            self._bias,
+            training=of_batch,
+            axis=self.axis,
+            out=out,
+        )
+        self._saved.call = None
+        if self.affine:
+            self.weight_grad, self.bias_grad = dweight, dbias
+        return dx
+
+    def __repr__(self) -> str:
+        return (
+            f"SwitchableNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, axis={self.axis})"
+        )
 
 
 class WeightNorm(_Layer):

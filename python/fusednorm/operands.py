@@ -75,7 +75,7 @@ def channel_axis(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
 def dense(x: Array, layout_of: LayoutOf, how: tuple[Any, ...]) -> tuple[Array, Layout]:
     """`x`, or a copy of it, and its layout. The copy is C-ordered, or has its second axis as the slowest."""
     layout = layout_of(x.shape, x.strides, x.dtype, *how)
-    if layout is not None and arrays.is_plain(x):
+    if layout is not None and (type(x) is not np.ndarray or x.flags.aligned):
         return x, layout
     for axes in (range(x.ndim), (1, 0, *range(2, x.ndim))):
         copy = arrays.empty([x.shape[a] for a in axes], x.dtype.newbyteorder("="), beside=x).transpose(np.argsort(axes))
@@ -86,10 +86,18 @@ def dense(x: Array, layout_of: LayoutOf, how: tuple[Any, ...]) -> tuple[Array, L
     raise AssertionError("every norm takes one of the two orders")
 
 
-def alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
-    """An operand with x's shape and dtype, in memory like `laid_out`."""
+def beside(a: object, name: str, x: Array) -> Array:
+    """An array on x's device."""
+    if type(a) is np.ndarray and type(x) is np.ndarray:
+        return a
     a = arrays.taken(a, name)
     arrays.expect_beside(a, name, x)
+    return a
+
+
+def alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
+    """An operand with x's shape and dtype, in memory like `laid_out`."""
+    a = beside(a, name, x)
     if a.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {a.shape}")
     if a.dtype != laid_out.dtype and a.dtype.newbyteorder("=") != laid_out.dtype:
@@ -99,9 +107,8 @@ def alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
 
 def positions(mask: object, x: Array, layout: Layout) -> Array:
     """The mask of x's positions, flat, in the order in which the dense array `x` holds them."""
-    mask, axis = arrays.taken(mask, "mask"), layout.axis
+    mask, axis = beside(mask, "mask", x), layout.axis
     assert axis is not None
-    arrays.expect_beside(mask, "mask", x)
     expected = x.shape[:axis] + x.shape[axis + 1 :]
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be boolean, not {mask.dtype}")
@@ -114,23 +121,26 @@ def positions(mask: object, x: Array, layout: Layout) -> Array:
 
 def parameter(a: Array | None, name: str, layout: Layout) -> Array | None:
     """A weight or bias as the verbs take it: one number after the other. They check the number of channels."""
-    a = arrays.taken_if_any(a, name)
-    if a is None or layout.axis is not None:
+    if a is None:
+        return a
+    if type(a) is not np.ndarray:
+        a = arrays.taken(a, name)
+    if layout.axis is not None:
         return a
     if a.shape != layout.parameters:
         raise ValueError(
             f"Expected {name} to be of same shape as normalized_shape, but got {name} of shape {list(a.shape)} and "
             f"normalized_shape = {list(layout.parameters)}"
         )
-    return a.reshape(-1)
+    return a if a.ndim == 1 else a.reshape(-1)
 
 
-def statistics(a: object, name: str, x: Array, layout: Layout) -> Array:
-    """Saved statistics as the verbs take them."""
-    a = arrays.taken(a, name)
-    arrays.expect_beside(a, name, x)
-    if a.shape != layout.saved:
-        raise ValueError(f"{name} must have shape {layout.saved}, got {a.shape}")
+def statistics(a: object, name: str, x: Array, layout: Layout, kinds: int | None = None) -> Array:
+    """Saved statistics as the verbs take them; of several kinds, their number is the first length."""
+    saved = layout.saved if kinds is None else (kinds, *layout.saved)
+    a = beside(a, name, x)
+    if a.shape != saved:
+        raise ValueError(f"{name} must have shape {saved}, got {a.shape}")
     if layout.order is not None:
         a = a.transpose(layout.order)
     elif a.dtype == FLOAT64 and a.flags.c_contiguous and a.dtype.isnative:
@@ -139,28 +149,71 @@ def statistics(a: object, name: str, x: Array, layout: Layout) -> Array:
     return arrays.namespace(a).asarray(a, np.float64, order="C")  # type: ignore[no-any-return]
 
 
+def expect_statistics(
+    layout: Layout, training: bool, eps: float, running_mean: Array | None, running_var: Array | None
+) -> None:
+    if training:
+        if layout.too_few:
+            raise ValueError(layout.too_few)
+        if not eps > 0 and layout.positive_eps:
+            raise ValueError(f"batch_norm eps must be positive, but got {eps}")
+    elif running_mean is None or running_var is None:
+        raise ValueError(f"Expected running_mean and running_var to be defined when {layout.evaluation}")
+
+
+def running(
+    mean: Array | None, var: Array | None, others: tuple[Array | None, ...], x: Array, channels: int, written: bool
+) -> tuple[Array | None, Array | None]:
+    """Running statistics that no verb checks: both or none, and where written nothing else that the call takes."""
+    if (mean is None) != (var is None):
+        raise ValueError("running_mean and running_var go together")
+    if mean is None or var is None:
+        return None, None
+    mean, var = beside(mean, "running_mean", x), beside(var, "running_var", x)
+    for name, a, apart_from in (("running_mean", mean, (var, *others)), ("running_var", var, (mean, *others))):
+        floating(name, a.dtype)
+        if a.shape != (channels,):
+            raise ValueError(f"{name} should contain {channels} elements not {a.size}")
+        if written and not arrays.is_writeable(a):
+            raise ValueError(f"{name} is read-only")
+        if written and not _C.apart(a, apart_from) and any(b is not None and arrays.share(a, b) for b in apart_from):
+            raise ValueError(f"{name} shares memory with another array, and training writes it; give each its own")
+    return mean, var
+
+
+def update(running: Array | None, momentum: float, new: Array) -> None:
+    if running is None:
+        return
+    with np.errstate(over="ignore"):
+        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * new
+
+
 def gradient(parameter: Array | None, x: Array, layout: Layout) -> Array:
     """Where the gradient of a parameter goes, in its dtype; without one float32, for float64 x float64."""
     dtype = (FLOAT64 if x.dtype == FLOAT64 else FLOAT32) if parameter is None else parameter.dtype
-    return arrays.empty(layout.parameters, dtype, beside=x)
+    return (
+        np.empty(layout.parameters, dtype)
+        if type(x) is np.ndarray
+        else arrays.empty(layout.parameters, dtype, beside=x)
+    )
 
 
 def cut(part: Part, *used: Array | None) -> tuple[Any, ...]:
     """The part's tensors, of whose positions and statistics (the last three of `used`) samples are the slowest axis."""
-    assert part.samples is not None
+    folded, samples, first = part
+    assert samples is not None
     *tensors, positions, mean, rstd = used
-    rows = slice(part.first, part.first + part.fold.batch)
+    rows = slice(first, first + folded.batch)
     if positions is not None:
         assert tensors[0] is not None
-        positions = positions.reshape(tensors[0].shape[len(part.samples) - 1], -1)[part.samples[-1]].reshape(-1)
-    pieces = [None if a is None else a[part.samples] for a in tensors]
+        positions = positions.reshape(tensors[0].shape[len(samples) - 1], -1)[samples[-1]].reshape(-1)
+    pieces = [None if a is None else a[samples] for a in tensors]
     return (*pieces, positions, *(None if a is None else a[rows] for a in (mean, rstd)))
 
 
 def output(out: Array, x: Array, laid_out: Array, inputs: tuple[Array | None, ...]) -> tuple[Array, Array]:
     """Where the kernel writes: `out` if it lies right, else a fresh array that `deliver` copies from. And `out`."""
-    out = arrays.taken(out, "out")
-    arrays.expect_beside(out, "out", x)
+    out = beside(out, "out", x)
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
     if out.dtype != laid_out.dtype and out.dtype.newbyteorder("=") != laid_out.dtype:

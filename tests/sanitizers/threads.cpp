@@ -6,6 +6,7 @@
 // race between them.
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -48,7 +49,7 @@ struct Team {
 struct Member {
   Team* team = nullptr;
   int rank = 0, loop = -1;
-  long begin = 0, end = 0;
+  long begin = 0, end = 0, chunk = 1;
 };
 thread_local Member member;
 
@@ -76,15 +77,16 @@ void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) 
 }
 
 bool GOMP_loop_nonmonotonic_dynamic_next(long* begin, long* end) {
-  const long i = member.begin + member.team->taken[member.loop].fetch_add(1, std::memory_order_relaxed);
+  const long i = member.begin + member.team->taken[member.loop].fetch_add(member.chunk, std::memory_order_relaxed);
   *begin = i;
-  *end = i + 1;
+  *end = std::min(i + member.chunk, member.end);
   return i < member.end;
 }
 bool GOMP_loop_nonmonotonic_dynamic_start(long begin, long end, long step, long chunk, long* from, long* to) {
-  if (step != 1 || chunk != 1 || ++member.loop >= kLoops) __builtin_trap();
+  if (step != 1 || ++member.loop >= kLoops) __builtin_trap();
   member.begin = begin;
   member.end = end;
+  member.chunk = chunk;
   return GOMP_loop_nonmonotonic_dynamic_next(from, to);
 }
 void GOMP_loop_end() {

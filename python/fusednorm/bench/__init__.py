@@ -192,8 +192,8 @@ def _axis(case: Case) -> int:
 
 
 def _checked_channels(case: Case) -> Array:
-    if case.has_lines:  # all: no gradient of a parameter is that of some of them
-        return np.arange(case.shape[0])
+    if case.norm != "batch":  # all: where statistics or gradients are over several, some of them do not do
+        return np.arange(case.shape[_axis(case)])
     per_channel = max(case.size // max(case.channels, 1), 1)
     count = min(case.channels, max(CHECKED_ELEMENTS // per_channel, 3))
     return np.unique(np.linspace(0, case.channels - 1, count).astype(np.int64))
@@ -205,7 +205,7 @@ def _check(case: Case, inputs: Inputs, channels: Array, machine: Cpu | Gpu) -> l
     axis = _axis(case)
 
     def some(array: Array | None) -> Array | None:
-        if array is None or case.has_lines:
+        if array is None or case.norm != "batch":
             return array
         return machine.some(array, channels, axis if array.ndim == len(case.shape) else 0)
 

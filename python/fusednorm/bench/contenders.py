@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import fusednorm
 from fusednorm import _C, reference
 from fusednorm.arrays import namespace
 from fusednorm.bench.timing import Contender, interleaved, ratio, spread
-from fusednorm.testing.cases import Array, Case, Inputs, make
+from fusednorm.testing.cases import Array, Case, Inputs, calls, make
 
 PASSES = ("forward", "backward", "eval")
 
@@ -82,7 +84,7 @@ class Cpu:
         # The copy's own output, clean again: a copy onto lines that another kernel left dirty takes twice as long.
         found = [Contender("copy", copy, prepare=copy), *ours(case, inputs, pass_)]
         if importlib.util.find_spec("torch") and case.activation in (None, "relu"):
-            found += (TorchLines if case.has_lines else Torch)(case, inputs).contenders(pass_)
+            found += _TORCH[case.norm](case, inputs).contenders(pass_)
         if self.with_reference or (self.with_reference is None and case.size <= REFERENCE_ELEMENTS):
             found.append(_reference(case, inputs, pass_))
         return found
@@ -102,8 +104,8 @@ def compared(samples: Mapping[str, Sequence[float]], ratios: Sequence[tuple[str,
 
 
 def ours(case: Case, inputs: Inputs, pass_: str, device: str = "cpu") -> list[Contender]:
-    if case.has_lines:
-        return _lines(case, inputs, pass_)
+    if case.norm != "batch":
+        return _family(case, inputs, pass_)
     return _backward(case, inputs) if pass_ == "backward" else _forward(case, inputs, device)
 
 
@@ -146,53 +148,20 @@ def _backward(case: Case, inputs: Inputs) -> list[Contender]:
     return [Contender("ours_out", lambda: call(dx), _first), Contender("ours", lambda: call(None), _first)]
 
 
-def _lines(case: Case, inputs: Inputs, pass_: str, module: Any = fusednorm) -> list[Contender]:
-    """Layer and RMS norm of this library, or of the reference, which has no out=."""
-    x, dy, weight, bias, shape = inputs.x, inputs.dy, inputs.weight, inputs.bias, case.normalized_shape
-    centered = case.norm == "layer"
-    parameters = (weight, bias) if centered else (weight,)
-
-    def forward(**out: Array) -> Any:
-        norm = module.layer_norm_forward if centered else module.rms_norm_forward
-        return norm(x, shape, *parameters, case.eps, **out)
-
-    saved = forward()[1:]
-
-    def backward(**out: Array) -> Any:
-        norm = module.layer_norm_backward if centered else module.rms_norm_backward
-        return norm(dy, x, *saved, *parameters, **out)
-
-    call = backward if pass_ == "backward" else forward
-    if module is reference:
-        return [Contender("reference", call)]
-    ready = np.empty_like(x)
+def _family(case: Case, inputs: Inputs, pass_: str) -> list[Contender]:
+    """The other norms, by their functions."""
+    forward, backward = calls(case, inputs, fusednorm)
+    saved, ready = forward()[1:], namespace(inputs.x).empty_like(inputs.x)
+    call = partial(backward, *saved) if pass_ == "backward" else forward
     return [Contender("ours_out", lambda: call(out=ready), _first), Contender("ours", call, _first)]
 
 
 def _reference(case: Case, inputs: Inputs, pass_: str) -> Contender:
     """Not compared again: it is what the results were checked against, and slow."""
-    if case.has_lines:
-        return _lines(case, inputs, pass_, reference)[0]
-    running_mean = None if inputs.running_mean is None else inputs.running_mean.copy()
-    running_var = None if inputs.running_var is None else inputs.running_var.copy()
-
-    def forward() -> Any:
-        return reference.batch_norm_forward(
-            inputs.x, inputs.weight, inputs.bias, running_mean=running_mean, running_var=running_var,
-            training=case.training, momentum=case.momentum, eps=case.eps, axis=case.axis, residual=inputs.residual,
-            activation=case.activation,
-        )  # fmt: skip
-
-    if pass_ != "backward":
-        return Contender("reference", forward)
-    mean, rstd = forward()[1:]
-    return Contender(
-        "reference",
-        lambda: reference.batch_norm_backward(
-            inputs.dy, inputs.x, mean, rstd, inputs.weight, inputs.bias, axis=case.axis, residual=inputs.residual,
-            activation=case.activation,
-        ),
-    )  # fmt: skip
+    mean, var = (None if a is None else a.copy() for a in (inputs.running_mean, inputs.running_var))
+    inputs = replace(inputs, running_mean=mean, running_var=var)
+    forward, backward = calls(case, inputs, reference)
+    return Contender("reference", partial(backward, *forward()[1:]) if pass_ == "backward" else forward)
 
 
 def _itself(y: Array) -> Array:
@@ -233,7 +202,7 @@ class Torch:
         return self.torch.empty(n, dtype=self.torch.float64 if double else self.torch.float32, device=self.x.device)
 
     def array(self, tensor: Any) -> Array:
-        back = self.torch.moveaxis(tensor, 1, self.case.axis)
+        back = self.torch.moveaxis(tensor.detach(), 1, self.case.axis)
         return np.asarray(back.float().numpy())
 
     def contenders(self, pass_: str) -> list[Contender]:
@@ -354,3 +323,93 @@ class TorchLines(Torch):
             default = lambda: torch.nn.functional.layer_norm(self.x, shape, self.weight, self.bias, eps)  # noqa: E731
         out = backward_out if pass_ == "backward" else forward_out
         return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]
+
+
+class TorchAutograd(Torch):
+    """Norms whose backward is autograd's, and that take no out=: instance and switchable norm."""
+
+    def norm(self, x: Any, *parameters: Any) -> Any:
+        """Of the parameters weight and bias, and for switchable norm its logits, whose formula PyTorch computes."""
+        if self.case.norm == "instance":
+            return self.torch.nn.functional.instance_norm(x, None, None, *parameters, True, 0.1, self.case.eps)
+        weight, bias, *logits = parameters
+        p, q = (self.torch.softmax(each, 0) for each in logits)
+        variance, mean = self.torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+        means, variances = [mean], [variance]
+        for over in (1, 0):
+            merged = mean.mean(over, keepdim=True)
+            means.append(merged)
+            variances.append((variance + (mean - merged) ** 2).mean(over, keepdim=True))
+        mean, variance = (
+            sum(share * part for share, part in zip(s, m, strict=True)) for s, m in ((p, means), (q, variances))
+        )
+        scale = self.torch.rsqrt(variance + self.case.eps) * weight[:, None, None]
+        return x * scale + (bias[:, None, None] - mean * scale)
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        super().__init__(case, inputs)
+        self.logits = [self.parameter(a) for a in (inputs.mean_logits, inputs.var_logits) if a is not None]
+
+    def contenders(self, pass_: str) -> list[Contender]:
+        leaves = [self.x.detach(), self.weight, self.bias, *self.logits]
+        if pass_ != "backward":
+            return [Contender("torch", lambda: self.norm(*leaves).to(self.x.dtype), self.array)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        y = self.norm(*leaves).to(self.x.dtype)
+        return [Contender("torch", lambda: self.torch.autograd.grad(y, leaves, self.dy, True)[0], self.array)]
+
+
+class TorchGroup(Torch):
+    """PyTorch's group norm."""
+
+    def contenders(self, pass_: str) -> list[Contender]:
+        torch, aten, case = self.torch, self.torch.ops.aten, self.case
+        samples, channels = self.x.shape[:2]
+        sizes = samples, channels, self.x[0, 0].numel(), case.groups
+        y, mean, rstd = torch.native_group_norm(self.x, self.weight, self.bias, *sizes, case.eps)
+        saved = (self.x, mean, rstd, self.weight, *sizes, [True, True, True])
+        dweight, dbias = (torch.empty_like(parameter) for parameter in (self.weight, self.bias))
+        if pass_ == "backward":
+            out = lambda: aten.native_group_norm_backward.out(self.dy, *saved, out0=y, out1=dweight, out2=dbias)[0]  # noqa: E731
+            default = lambda: aten.native_group_norm_backward(self.dy, *saved)[0]  # noqa: E731
+        else:
+            given = self.x, self.weight, self.bias, *sizes, case.eps
+            out = lambda: aten.native_group_norm.out(*given, out0=y, out1=mean, out2=rstd)[0]  # noqa: E731
+            default = lambda: torch.nn.functional.group_norm(self.x, case.groups, self.weight, self.bias, case.eps)  # noqa: E731
+        return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]
+
+
+class TorchWeight(Torch):
+    """PyTorch's weight norm, whose g has v's dtype."""
+
+    def tensor(self, array: Array) -> Any:
+        return self.whole(array)
+
+    def array(self, tensor: Any) -> Array:
+        return np.asarray(tensor.detach().float().numpy())
+
+    def contenders(self, pass_: str) -> list[Contender]:
+        torch, aten, dim = self.torch, self.torch.ops.aten, self.case.axis
+        g = self.weight.to(self.x.dtype)
+        w, norm = aten._weight_norm_interface(self.x, g, dim)
+        dg = torch.empty_like(g)
+        if pass_ == "backward":
+            saved = self.dy, self.x, g, norm, dim
+            out = lambda: aten._weight_norm_interface_backward.out(*saved, out0=w, out1=dg)[0]  # noqa: E731
+            default = lambda: aten._weight_norm_interface_backward(*saved)[0]  # noqa: E731
+        else:
+            out = lambda: aten._weight_norm_interface.out(self.x, g, dim, out0=w, out1=norm)[0]  # noqa: E731
+            default = lambda: torch._weight_norm(self.x, g, dim)  # noqa: E731
+        return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]
+
+
+_TORCH: dict[str, type[Torch]] = {
+    "batch": Torch,
+    "instance": TorchAutograd,
+    "group": TorchGroup,
+    "layer": TorchLines,
+    "rms": TorchLines,
+    "switchable": TorchAutograd,
+    "weight": TorchWeight,
+}

@@ -46,9 +46,9 @@ class Case:
 
     Attributes:
         name: unique in its list, made of letters, digits, ``-``, ``_`` and ``.``.
-        norm: ``batch``, ``instance``, ``group``, ``layer``, ``rms`` or ``weight``. What follows says "statistic" for
-            what it is taken over: a channel, of all samples or of each, a group of channels, or a line, all of the last
-            ``normalized`` axes.
+        norm: ``batch``, ``instance``, ``group``, ``layer``, ``rms``, ``switchable`` or ``weight``. What follows says
+            "statistic" for what it is taken over: a channel, of all samples or (instance, switchable) of each, a group
+            of channels, or a line, all of the last ``normalized`` axes.
         shape, axis: of x; ``axis`` holds the channels, and is weight norm's ``dim``. Of layer and RMS norm it has no
             meaning.
         normalized: how many axes layer and RMS norm normalize over.
@@ -105,6 +105,11 @@ class Case:
         return self.norm in ("layer", "rms")
 
     @property
+    def has_samples(self) -> bool:
+        """Whether each sample has statistics of its own."""
+        return self.norm in ("instance", "group", "switchable")
+
+    @property
     def normalized_shape(self) -> tuple[int, ...]:
         return self.shape[len(self.shape) - self.normalized :]
 
@@ -117,7 +122,7 @@ class Case:
         """
         if self.has_lines:
             return math.prod(self.shape[: len(self.shape) - self.normalized]), 1, math.prod(self.normalized_shape), 1
-        samples = self.shape[1 if self.axis % len(self.shape) == 0 else 0] if self.norm in ("instance", "group") else 1
+        samples = self.shape[1 if self.axis % len(self.shape) == 0 else 0] if self.has_samples else 1
         groups, share = self.channels, 1
         if self.norm == "group":
             groups, share = self.groups, self.channels // self.groups
@@ -134,7 +139,7 @@ class Case:
         """Of mean and rstd, without ghost batches."""
         if self.has_lines:
             return self.shape[: len(self.shape) - self.normalized]
-        return self.cells[:2] if self.norm in ("instance", "group") else (self.channels,)
+        return self.cells[:2] if self.has_samples else (self.channels,)
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
@@ -172,7 +177,8 @@ class Inputs:
 
     ``x``, ``dy`` and ``residual`` have the case's shape and dtype, ``weight`` and ``bias`` its parameter_shape and
     param_dtype, ``running_mean`` and ``running_var`` are ``(C,)`` in the latter, ``mask`` is boolean in its shape
-    without the channel axis. What the case does not use is None. The running statistics are the values before the call.
+    without the channel axis. The logits of switchable norm are ``(3,)`` in param_dtype. What the case does not use is
+    None. The running statistics are the values before the call.
     """
 
     x: Array
@@ -183,13 +189,16 @@ class Inputs:
     running_var: Array | None
     residual: Array | None
     mask: Array | None
+    mean_logits: Array | None = None
+    var_logits: Array | None = None
 
 
 @dataclass(frozen=True)
 class Outputs:
     """What a forward and a backward call returned, on the host; None where the case has none.
 
-    The running statistics are the values after the call. Of weight norm rstd is √n/norm.
+    The running statistics are the values after the call. Of weight norm rstd is √n/norm, of switchable norm mean and
+    variances are the parts of the mixture.
     """
 
     y: Array
@@ -201,6 +210,9 @@ class Outputs:
     dresidual: Array | None
     running_mean: Array | None
     running_var: Array | None
+    variances: Array | None = None
+    dmean_logits: Array | None = None
+    dvar_logits: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -208,8 +220,7 @@ class Deviation:
     """One compared result: where it comes closest to its bound, or leaves it furthest behind.
 
     Attributes:
-        name: ``y``, ``mean``, ``var``, ``dx``, ``dweight``, ``dbias``, ``dresidual``, ``running_mean`` or
-            ``running_var``; ``var`` is what rstd says it is.
+        name: of a field of :class:`Outputs`, or ``var``: what rstd says it is.
         error, bound: absolute error and its bound at the element with the largest ratio of the two.
         ok: every element is within its bound, and shape and dtype are right.
         detail: what is wrong other than a value; else empty.
@@ -254,6 +265,12 @@ class Functions(Protocol):
 
     @property
     def rms_norm_backward(self) -> Callable[..., Any]: ...
+
+    @property
+    def switchable_norm_forward(self) -> Callable[..., Any]: ...
+
+    @property
+    def switchable_norm_backward(self) -> Callable[..., Any]: ...
 
     @property
     def weight_norm_forward(self) -> Callable[..., Any]: ...
@@ -320,6 +337,9 @@ def make(case: Case, seed: int = 0) -> Inputs:
     if case.mask:
         axis = case.axis % len(case.shape)
         mask = rng.random(case.shape[:axis] + case.shape[axis + 1 :]) < 0.7
+    mean_logits = var_logits = None
+    if case.norm == "switchable":
+        mean_logits, var_logits = (rng.standard_normal(3).astype(param_dtype) for _ in range(2))
     if case.residual:
         residual = normal().astype(dtype, copy=False)
     return Inputs(
@@ -331,6 +351,8 @@ def make(case: Case, seed: int = 0) -> Inputs:
         running_var=running_var,
         residual=residual,
         mask=mask,
+        mean_logits=mean_logits,
+        var_logits=var_logits,
     )
 
 
@@ -353,56 +375,64 @@ def run(
         field.name: None if (array := getattr(inputs, field.name)) is None else to_device(array)
         for field in fields(inputs)
     }
-    x, dy, weight, bias = (arrays[name] for name in ("x", "dy", "weight", "bias"))
-    mean = dbias = None
-    rest: list[Any] = []
-    if case.norm == "batch":
-        options: dict[str, Any] = {
-            "training": case.training,
-            "axis": case.axis,
-            "residual": arrays["residual"],
-            "activation": case.activation,
-            "ghost_batch_size": case.ghost_batch_size,
-            **({"mask": arrays["mask"]} if case.mask else {}),
-        }
-        running = {name: arrays[name] for name in ("running_mean", "running_var")}
-        y, mean, rstd = functions.batch_norm_forward(
-            x, weight, bias, **running, momentum=case.momentum, eps=case.eps, **options
-        )
-        dx, dweight, dbias, *rest = functions.batch_norm_backward(dy, x, mean, rstd, weight, bias, **options)
-    elif case.norm == "instance":
-        options = {"use_input_stats": case.training, "axis": case.axis, "mask": arrays["mask"]}
-        running = {name: arrays[name] for name in ("running_mean", "running_var")}
-        y, mean, rstd = functions.instance_norm_forward(
-            x, weight, bias, **running, momentum=case.momentum, eps=case.eps, **options
-        )
-        dx, dweight, dbias = functions.instance_norm_backward(dy, x, mean, rstd, weight, bias, **options)
-    elif case.norm == "group":
-        options = {"axis": case.axis, "mask": arrays["mask"]}
-        y, mean, rstd = functions.group_norm_forward(x, case.groups, weight, bias, case.eps, **options)
-        dx, dweight, dbias = functions.group_norm_backward(dy, x, mean, rstd, weight, bias, **options)
-    elif case.norm == "layer":
-        y, mean, rstd = functions.layer_norm_forward(x, case.normalized_shape, weight, bias, case.eps)
-        dx, dweight, dbias = functions.layer_norm_backward(dy, x, mean, rstd, weight, bias)
-    elif case.norm == "rms":
-        y, rstd = functions.rms_norm_forward(x, case.normalized_shape, weight, case.eps)
-        dx, dweight = functions.rms_norm_backward(dy, x, rstd, weight)
-    else:
-        y, norm = functions.weight_norm_forward(x, weight, case.axis)
-        dx, dweight = functions.weight_norm_backward(dy, x, weight, norm, case.axis)
+    forward, backward = calls(case, Inputs(**arrays), functions)  # type: ignore[arg-type]
+    y, *saved = forward()
+    names = ["dx", "dweight", "dbias", "dresidual"]
+    if case.norm == "switchable":
+        names[3:] = ["dmean_logits", "dvar_logits"]
+    outputs = dict.fromkeys(field.name for field in fields(Outputs))
+    outputs |= dict(zip(names, map(to_host, backward(*saved)), strict=False)) | {"y": to_host(y)}
+    if case.norm == "weight":
         with np.errstate(divide="ignore"):
-            rstd = math.sqrt(max(case.cells[3], 1)) / norm.reshape(-1)
-    return Outputs(
-        y=to_host(y),
-        mean=None if mean is None else to_host(mean),
-        rstd=to_host(rstd),
-        dx=to_host(dx),
-        dweight=to_host(dweight),
-        dbias=None if dbias is None else to_host(dbias),
-        dresidual=to_host(rest[0]) if rest else None,
-        running_mean=to_host(arrays["running_mean"]) if case.running else None,
-        running_var=to_host(arrays["running_var"]) if case.running else None,
-    )
+            saved = [math.sqrt(max(case.cells[3], 1)) / saved[0].reshape(-1)]
+    statistics = {"switchable": ("mean", "variances", "rstd")}.get(case.norm, ("mean", "rstd")[not case.centered :])
+    outputs |= dict(zip(statistics, map(to_host, saved), strict=True))
+    if case.running:
+        outputs |= {name: to_host(arrays[name]) for name in ("running_mean", "running_var")}
+    return Outputs(**outputs)  # type: ignore[arg-type]
+
+
+def calls(case: Case, inputs: Inputs, functions: Functions) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The norm's ``_forward`` and its ``_backward`` of ``functions``, with the case's arguments. What the forward saves
+    follows y, and is what backward takes. Both take further keywords, such as out.
+    """
+    x, weight, bias, shape = inputs.x, inputs.weight, inputs.bias, case.normalized_shape
+    running = {
+        "running_mean": inputs.running_mean,
+        "running_var": inputs.running_var,
+        "momentum": case.momentum,
+        "eps": case.eps,
+    }
+    parameters: tuple[Any, ...] = (weight, bias)
+    options: dict[str, Any] = {"axis": case.axis}
+    first: tuple[Any, ...] = (x, weight, bias)
+    if case.norm == "batch":
+        options |= {"training": case.training, "residual": inputs.residual, "activation": case.activation}
+        options |= {"ghost_batch_size": case.ghost_batch_size, "mask": inputs.mask}
+        own = running
+    elif case.norm == "instance":
+        options |= {"use_input_stats": case.training, "mask": inputs.mask}
+        own = running
+    elif case.norm == "switchable":
+        options |= {"training": case.training}
+        logits = inputs.mean_logits, inputs.var_logits
+        first, parameters, own = (x, *logits, weight, bias), (*logits, weight, bias), running
+    elif case.norm == "group":
+        options |= {"mask": inputs.mask}
+        first, own = (x, case.groups, weight, bias, case.eps), {}
+    elif case.norm == "weight":
+        first, own, options = (x, weight), {}, {"dim": case.axis}
+    else:
+        parameters = parameters if case.centered else (weight,)
+        first, own, options = (x, shape, *parameters, case.eps), {}, {}
+    forward, backward = (getattr(functions, f"{case.norm}_norm_{which}") for which in ("forward", "backward"))
+
+    def back(*saved: Any, **more: Any) -> Any:
+        if case.norm == "weight":
+            return backward(inputs.dy, x, weight, *saved, **options, **more)
+        return backward(inputs.dy, x, *saved, *parameters, **options, **more)
+
+    return partial(forward, *first, **own, **options), back
 
 
 def expected(case: Case, inputs: Inputs) -> Outputs:
@@ -423,6 +453,9 @@ def compare(case: Case, inputs: Inputs, expected: Outputs, got: Outputs) -> list
         "dresidual": case.dtype,
         "running_mean": case.param_dtype,
         "running_var": case.param_dtype,
+        "variances": "float64",
+        "dmean_logits": case.param_dtype,
+        "dvar_logits": case.param_dtype,
     }
     deviations = []
     for name, bound in allowed.items():
@@ -473,6 +506,8 @@ def bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
     Half types add their rounding of the output; float64's dweight and dbias that of float32 parameters. Maxima and sums
     run over one channel, so that no channel hides behind a larger one.
     """
+    if case.norm == "switchable":
+        return _mixture_bounds(case, inputs, expected)
     if case.norm != "batch":
         return _cell_bounds(case, inputs, expected)
     assert expected.mean is not None
@@ -653,26 +688,143 @@ def _from_cells(values: Array, case: Case) -> Array:
 def _channels_and_samples(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Where x has the axes that are not positions, and where the cells have them."""
     axis = case.axis % len(case.shape)
-    return ((_samples(case), axis), (0, 1)) if case.norm in ("instance", "group") else ((axis,), (0,))
+    return ((_samples(case), axis), (0, 1)) if case.has_samples else ((axis,), (0,))
+
+
+def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
+    """:func:`bounds` for switchable norm: errors of the instances' moments and of the sums over an instance, as counted
+    there, carried to first order through what float64 computes from them.
+
+    Merging adds the mean of the variances' errors and ``2*|m - mu|`` times those of the means, and rounds a difference
+    of means. x is not standardized by a mixture: xhat errs by the error of the mixed mean times rstd, and by half the
+    relative error of the mixed variance.
+    """
+    assert expected.mean is not None
+    assert expected.variances is not None
+    assert expected.dmean_logits is not None
+    assert expected.dvar_logits is not None
+    assert expected.dbias is not None
+    _, channels, _, k = case.cells
+    unit = UNIT_ROUNDOFF["float64"]
+    single = case.accumulation_dtype == "float32"
+    sums = 1e-6 if single else _longest_chain(case) * unit
+    point = 2e-6 if single else 8 * unit
+    few = 32 * unit  # of softmax, mixture and coefficients
+
+    x, dy = _to_cells(_float64(inputs.x), case)[:, :, 0], _to_cells(_float64(inputs.dy), case)[:, :, 0]
+    weight = (np.ones(channels) if inputs.weight is None else _float64(inputs.weight))[:, None]
+    bias = (np.zeros(channels) if inputs.bias is None else _float64(inputs.bias))[:, None]
+    p, q = (reference._softmax(_float64(a), "") for a in (inputs.mean_logits, inputs.var_logits) if a is not None)
+    means, variances, r = expected.mean, expected.variances, expected.rstd
+    m, v = means[0], variances[0]
+
+    of_m, of_v = _moments_bounds(case, m, v)
+    mean_bounds, var_bounds = [of_m], [of_v]
+    for part, over in ((1, 1), (2, 0)):
+        if part == 2 and not case.training:
+            mean_bounds.append(np.zeros_like(m))
+            var_bounds.append(np.zeros_like(m))
+            continue
+        away = np.abs(m - means[part])
+        of_mu = np.mean(of_m, over, keepdims=True) + few * np.max(np.abs(m), over, keepdims=True, initial=0.0)
+        spread = np.mean(of_v + 2 * away * (of_m + of_mu) + few * np.abs(m) * away, over, keepdims=True)
+        mean_bounds.append(of_mu + 0 * m)
+        var_bounds.append(spread + few * variances[part])
+    of_means, of_variances = np.array(mean_bounds), np.array(var_bounds)
+    mean, variance = np.tensordot(p, means, 1), np.tensordot(q, variances, 1)
+    of_mean = np.tensordot(p, of_means, 1) + few * np.tensordot(p, np.abs(means), 1)
+    of_variance = np.tensordot(q, of_variances, 1) + few * variance
+    rstd_error = 0.5 * of_variance * r**2 + few
+
+    def total(values: Float64) -> Float64:
+        """Over each instance."""
+        summed: Float64 = values.sum(axis=2)
+        return summed
+
+    r_, mean_ = r[:, :, None], mean[:, :, None]
+    xhat = (x - mean_) * r_
+    xhat_error = of_mean[:, :, None] * r_ + np.abs(xhat) * rstd_error[:, :, None]
+    largest = np.max(np.abs(xhat), axis=2, keepdims=True, initial=0.0)
+    y = np.abs(weight) * xhat_error + point * (np.abs(weight) * largest + np.abs(bias))
+
+    w_dy = np.abs(weight * dy)
+    dmean, dvar = -r * total(weight * dy), -0.5 * r**2 * total(weight * dy * xhat)
+    of_dmean = r * sums * total(w_dy) + np.abs(dmean) * rstd_error
+    of_dvar = (
+        0.5 * r**2 * (sums * total(w_dy * np.abs(xhat)) + total(w_dy * xhat_error)) + 2 * np.abs(dvar) * rstd_error
+    )
+    to_m, to_v = p[0] * dmean, q[0] * dvar
+    of_to_m, of_to_v = p[0] * of_dmean, q[0] * of_dvar
+    for part, over in ((1, 1), (2, 0))[: 2 if case.training else 1]:
+        away, off = m - means[part], of_m + of_means[part] + few * np.abs(m)
+
+        def shared(values: Float64, over: int = over) -> Float64:
+            mean_of: Float64 = values.mean(over, keepdims=True) if values.size else values
+            return mean_of
+
+        to_m = to_m + p[part] * shared(dmean) + 2 * q[part] * away * shared(dvar)
+        to_v = to_v + q[part] * shared(dvar)
+        of_to_m = of_to_m + p[part] * shared(of_dmean) + few * p[part] * shared(np.abs(dmean))
+        of_to_m = of_to_m + 2 * q[part] * (np.abs(away) * shared(of_dvar) + off * np.abs(shared(dvar)))
+        of_to_v = of_to_v + q[part] * shared(of_dvar) + few * q[part] * shared(np.abs(dvar))
+    from_m, away = np.abs(x - m[:, :, None]), np.abs(x - mean_) + np.abs(mean - m)[:, :, None]
+    through = of_to_m[:, :, None] + 2 * from_m * of_to_v[:, :, None] + 2 * np.abs(to_v * of_m)[:, :, None]
+    rounded = np.abs(to_m)[:, :, None] + 2 * np.abs(to_v)[:, :, None] * away
+    dx = (through + (point + rstd_error[:, :, None]) * rounded) / max(k, 1)
+    dx = dx + (point + rstd_error[:, :, None]) * r_ * np.max(w_dy, axis=2, keepdims=True, initial=0.0)
+
+    def mixed(
+        share: Float64, gradient: Float64, of_gradient: Float64, parts: Float64, mix: Float64, of: Any
+    ) -> Float64:
+        """The error of share·Σ gradient·(part − mix)."""
+        of_parts, of_mix = of
+        error = of_gradient * np.abs(parts - mix) + np.abs(gradient) * (of_parts + of_mix)
+        found: Float64 = share * np.sum(error + few * np.abs(gradient) * (np.abs(parts) + np.abs(mix)), axis=(1, 2))
+        return found
+
+    dweight = sums * np.sum(np.abs(dy * xhat), axis=(0, 2)) + np.sum(np.abs(dy) * xhat_error, axis=(0, 2))
+    dbias = sums * np.sum(np.abs(dy), axis=(0, 2))
+    dmean_logits = mixed(p, dmean, of_dmean, means, mean, (of_means, of_mean))
+    dvar_logits = mixed(q, dvar, of_dvar, variances, variance, (of_variances, of_variance))
+    y, dx = (_from_cells(np.broadcast_to(a, x.shape)[:, :, None], case) for a in (y, dx))
+    allowed = {
+        "y": _stored(case, y, expected.y, case.dtype),
+        "mean": of_means,
+        "variances": of_variances,
+        "var": of_variance + 4 * unit * (variance + case.eps),
+        "dx": _stored(case, dx, expected.dx, case.dtype),
+        "dweight": _stored(case, dweight, expected.dweight, case.gradient_dtype),
+        "dbias": _stored(case, dbias, expected.dbias, case.gradient_dtype),
+        "dmean_logits": _stored(case, dmean_logits, expected.dmean_logits, case.param_dtype),
+        "dvar_logits": _stored(case, dvar_logits, expected.dvar_logits, case.param_dtype),
+    }
+    if case.running:
+        of_batch = replace(expected, mean=means[2, :1], rstd=1 / np.sqrt(variances[2, :1] + case.eps))
+        allowed |= _running_bounds(case, inputs, of_batch, of_means[2, :1], of_variances[2, :1])
+    return {key: np.broadcast_to(bound, _result(case, expected, key).shape) for key, bound in allowed.items()}
 
 
 def _statistics_bounds(case: Case, mean: Float64, rstd: Float64) -> tuple[Float64, Float64]:
     """Bounds for the mean and the variance, in their shape; explained in :func:`bounds`."""
-    u = UNIT_ROUNDOFF["float64"]
     variance = _variance(case, rstd)
     # The variance is read off rstd = 1/sqrt(variance + eps), which takes a few roundings of float64.
-    readout = 4 * u * (variance + case.eps)
+    readout = 4 * UNIT_ROUNDOFF["float64"] * (variance + case.eps)
     if not case.training:
         return np.zeros_like(mean), readout
+    mean_bound, var_bound = _moments_bounds(case, mean, variance)
+    return mean_bound, var_bound + readout
+
+
+def _moments_bounds(case: Case, mean: Float64, variance: Float64) -> tuple[Float64, Float64]:
+    u = UNIT_ROUNDOFF["float64"]
     sigma = np.sqrt(variance)
     if case.accumulation_dtype == "float32":
-        return 1e-6 * (sigma + 1e-6 * np.abs(mean)) + 4 * u * np.abs(mean), 1e-6 * variance + readout
+        return 1e-6 * (sigma + 1e-6 * np.abs(mean)) + 4 * u * np.abs(mean), 1e-6 * variance
     # Each merge of two chunks rounds a mean, and takes the difference of two that are wrong by u*|mean| into m2.
     merges = case.size / max(case.statistics, 1) / 1024
     chain = _longest_chain(case)
     mean_bound = chain * u * sigma + (6 + merges) * u * np.abs(mean)
-    var_bound = 2 * chain * u * variance + 4 * u * np.abs(mean) * sigma + (u * mean) ** 2
-    return mean_bound, var_bound + readout
+    return mean_bound, 2 * chain * u * variance + 4 * u * np.abs(mean) * sigma + (u * mean) ** 2
 
 
 def _running_bounds(
@@ -686,8 +838,10 @@ def _running_bounds(
     assert expected.mean is not None
     counts = _counts(case, inputs)
     counts = counts[counts > 1] if case.training else counts[:0]
-    # Instance norm's is the average of all.
-    steps = 1 if case.norm == "instance" else min(len(counts), 1 / case.momentum)
+    # Instance norm's is the average of all; switchable norm's has the samples of a batch.
+    steps = 1 if case.has_samples else min(len(counts), 1 / case.momentum)
+    if case.norm == "switchable":
+        counts = counts.sum(keepdims=True)
     unbiased = float(np.max(counts / (counts - 1), initial=1.0))
     u = UNIT_ROUNDOFF[case.param_dtype] + 8 * UNIT_ROUNDOFF["float64"]
     allowed = {}
@@ -764,7 +918,7 @@ def _counts(case: Case, inputs: Inputs) -> NDArray[np.int64]:
     """Elements in each statistic, of ghost batches or of samples."""
     axis = case.axis % len(case.shape)
     counted = np.ones(case.shape[:axis] + case.shape[axis + 1 :]) if inputs.mask is None else inputs.mask
-    if case.norm in ("instance", "group"):  # a mask's first axis is that of the samples
+    if case.has_samples:  # a mask's first axis is that of the samples
         return np.array([case.cells[2] * np.count_nonzero(sample) for sample in counted], dtype=np.int64)
     return np.array([np.count_nonzero(counted[ghost]) for ghost in _ghosts(case)], dtype=np.int64)
 
@@ -1102,7 +1256,13 @@ def _sample_cases() -> list[Case]:
         for layout in _layouts(2, channels, pixels)
     ]
     flat = [((37, 12), 1), ((5, 64), 1), ((1, 6), 1), ((64, 512), 1)]
-    large = [*_layouts(2, 3, 130, 130), *_layouts(3, 256, 14, 14), *_layouts(16, 64, 8, 8), *_layouts(1, 4, 40_000)]
+    large = [
+        *_layouts(2, 3, 130, 130),
+        *_layouts(3, 256, 14, 14),
+        *_layouts(16, 64, 8, 8),
+        *_layouts(1, 4, 40_000),
+        *_layouts(8, 64, 64, 64),
+    ]
     empty = [((0, 4, 3), 1), ((2, 4, 0), 1), ((2, 0, 3, 4), -1), ((2, 0, 4), -1)]
     far = [*_layouts(3, 4, 45, 45), *_layouts(2, 6, 1025)]
     tiny: dict[str, Any] = {"eps": 1e-12}
@@ -1181,13 +1341,78 @@ def _sample_cases() -> list[Case]:
     ]
 
 
+def _switchable_cases() -> list[Case]:
+    """Switchable norm: layouts and dtypes in training and evaluation, parameters, far means, outliers, one sample, one
+    channel, one position."""
+
+    def switchable(shape: tuple[int, ...], axis: int, **options: Any) -> Case:
+        return _case(shape, axis, norm="switchable", **options)
+
+    layouts = [*_layouts(4, 6, 7, 9), *_layouts(3, 5, 33), *_layouts(2, 3, 4, 5, 6), ((6, 5, 4, 3), 0), ((37, 17), 1)]
+    few = [
+        *_layouts(1, 6, 17),
+        *_layouts(5, 1, 17),
+        ((5, 6, 1), 1),
+        ((1, 1, 2), 1),
+        *_layouts(2, 3, 130, 130),
+        *_layouts(8, 64, 64, 64),
+    ]
+    far = _layouts(3, 4, 45, 45)
+    return [
+        *[
+            switchable(shape, axis, dtype=dtype, training=training, tags=("quick",) if len(shape) == 4 else ())
+            for (shape, axis), dtype, training in itertools.product(layouts, DTYPES, (True, False))
+        ],
+        *[
+            switchable(shape, axis, training=training)
+            for (shape, axis), training in itertools.product(few, (True, False))
+        ],
+        *[
+            switchable(shape, axis, dtype=dtype, param_dtype=param_dtype)
+            for (shape, axis), (dtype, param_dtype) in itertools.product(
+                layouts[:2], [("float32", "float64"), ("bfloat16", "bfloat16"), ("float16", "float16")]
+            )
+        ],
+        *[
+            switchable(shape, axis, dtype=dtype, affine=False, running=False)
+            for (shape, axis), dtype in itertools.product(layouts[:2], DTYPES)
+        ],
+        *[
+            switchable(shape, axis, offset=offset, outlier=outlier, training=training)
+            for (shape, axis), offset, outlier, training in itertools.product(
+                far, (0.0, 3e3, 1e6), (False, True), (True, False)
+            )
+        ],
+        *[
+            switchable(shape, axis, dtype="float64", offset=offset, outlier=True)
+            for (shape, axis), offset in itertools.product(far, (1e6, 1e9))
+        ],
+        *[
+            switchable(shape, axis, dtype=dtype, offset=offset, scale=0.0)
+            for (shape, axis), dtype, offset in itertools.product(_layouts(2, 4, 1025), DTYPES, (0.0, 3e3))
+        ],
+        *[switchable(shape, axis, running=False) for shape, axis in [((2, 4, 0), 1), ((2, 0, 3, 4), -1)]],
+    ]
+
+
 def _weight_cases() -> list[Case]:
     """Weight norm over every axis: matrices, convolutions of both layouts, far means, tiny and huge weights."""
 
     def weight(shape: tuple[int, ...], dim: int, **options: Any) -> Case:
         return _case(shape, dim, norm="weight", running=False, eps=0.0, **options)
 
-    shapes = [(7, 5), (64, 33), (16, 8, 3, 3), (3, 3, 8, 16), (2, 3, 4, 5, 6), (5,), (1, 1), (300, 1100), (3, 70001)]
+    shapes = [
+        (7, 5),
+        (64, 33),
+        (16, 8, 3, 3),
+        (3, 3, 8, 16),
+        (2, 3, 4, 5, 6),
+        (5,),
+        (1, 1),
+        (300, 700),
+        (3, 70001),
+        (1024, 1031),
+    ]
     return [
         *[
             weight(shape, dim, dtype=dtype, tags=("quick",) if len(shape) == 4 else ())
@@ -1220,8 +1445,8 @@ RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024
 
 
 def _bench_cases() -> list[Case]:
-    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. Layer
-    and RMS norm."""
+    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. The
+    other norms."""
     resnet = [layout for channels, side in RESNET for layout in _layouts(32, channels, side, side)]
     flat: list[tuple[tuple[int, ...], int]] = [((4096, 1024), 1), ((256, 512), 1), ((64, 32), 1)]
     odd = [*_layouts(32, 3, 224, 224), *_layouts(32, 65, 56, 56)]
@@ -1244,6 +1469,19 @@ def _bench_cases() -> list[Case]:
         )
     ]
     lines = [(32768, 1024), (8192, 4096), (65536, 256), (1024, 32768), (4096, 768), (256, 1024), (64, 512)]
+    images = [
+        *_layouts(32, 64, 112, 112),
+        *_layouts(32, 256, 56, 56),
+        *_layouts(32, 1024, 14, 14),
+        *_layouts(8, 256, 14, 14),
+        *_layouts(2, 64, 8, 8),
+    ]
+    by_sample: list[dict[str, Any]] = [
+        {"norm": "instance", "running": False},
+        {"norm": "group", "groups": 32, "running": False},
+        {"norm": "switchable"},
+    ]
+    weights = [(8192, 2048), (2048, 512, 3, 3), (512, 512, 3, 3), (64, 64, 3, 3)]
     return [
         *plain,
         *fused,
@@ -1252,6 +1490,22 @@ def _bench_cases() -> list[Case]:
                 shape, norm=norm, dtype=dtype, running=False, tags=("bench", *(("quick",) if shape[0] < 8192 else ()))
             )
             for shape, norm, dtype in itertools.product(lines, ("layer", "rms"), ("float32", "bfloat16"))
+        ],
+        *[
+            _case(shape, axis, dtype=dtype, tags=("bench", *(("quick",) if shape[0] < 32 else ())), **norm)
+            for norm, (shape, axis), dtype in itertools.product(by_sample, images, ("float32", "bfloat16"))
+        ],
+        *[
+            _case(
+                shape,
+                0,
+                norm="weight",
+                dtype=dtype,
+                running=False,
+                eps=0.0,
+                tags=("bench", *(("quick",) if shape[0] < 2048 else ())),
+            )
+            for shape, dtype in itertools.product(weights, ("float32", "bfloat16"))
         ],
     ]
 
@@ -1296,6 +1550,7 @@ CASES: tuple[Case, ...] = (
     *_numerics_cases(),
     *_line_cases(),
     *_sample_cases(),
+    *_switchable_cases(),
     *_weight_cases(),
 )
 BENCH: tuple[Case, ...] = tuple(_bench_cases())
