@@ -282,10 +282,6 @@ def test_lines_keep_to_the_device(device: Device, line_plan: LinePlanner) -> Non
                 assert p.lines == 1, what
             if p.team == "launches":  # only sums must wait for another launch
                 assert kind not in ("evaluation", "grad_input"), what
-            # What scratch memory holds of the sums across lines (csrc/cuda/backend.cu).
-            if kind in ("backward", "grad_sums"):
-                held = min(lines * groups * width, device.sms * 512 * 16)
-                assert p.teams * groups * width <= max(groups * width, held), what
 
 
 @pytest.mark.parametrize("item", [2, 4])

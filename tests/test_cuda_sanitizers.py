@@ -117,7 +117,7 @@ PLANTS = {
     "no barrier before the sums across lines are read": Plant(
         "lines.h", "= q;\n      }\n    «__syncthreads();»", ";", "clusters", WRONG | RACE
     ),
-    "sums across lines begin anew": Plant("lines.h", "«first = false;»", ";", "grids", WRONG),
+    "sums across lines begin anew": Plant("lines.h", "«taken == kChunk»", "true", "grids", WRONG),
     "lines behind the last are read": Plant("lines.h", "return «entry < fold.batch»;", "true", "clusters", OVERRUN),
     "what is not there counts": Plant(
         "lines.h", "«if (!kAll && !(me.there(k) >> (part * some + i) & 1)) d = 0;»", ";", "clusters", WRONG

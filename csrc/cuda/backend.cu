@@ -167,33 +167,39 @@ void launch_each(int64_t numbers, const Queue& queue, void (*kernel)(Parameters.
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
 }
 
-// Lines. In scratch memory: the teams' sums of channels [teams][2][C], then, of lines that are cut among blocks that do
+// Lines. In scratch memory: the blocks' sums of channels [blocks][2][slots], then, of lines that are cut among blocks that do
 // not meet, their sums [S][pieces] and s1 and s2 [S].
 struct LineScratch {
   int64_t sums_at = 0, corrections_at = 0, bytes = 0;
 };
 template <class T>
 LineScratch line_scratch(const Fold& f, const Device& d) {
-  const auto pieces = [&](auto pass) {
+  int64_t pieces = 0, columns = 0;  // the most, however large clusters may be
+  const auto look = [&](auto pass) {
     pass.fold = f;
     Device own = d;
     own.threads = d.threads < pass.kLineThreads ? d.threads : pass.kLineThreads;
-    own.max_cluster = 1;  // or refused
-    const LinePlan plan = plan_of_lines<T>(pass, own);
-    return int64_t(plan.team == Team::launches ? plan.size : 0);
+    for (own.max_cluster = 1; own.max_cluster <= d.max_cluster; own.max_cluster *= 2) {
+      const LinePlan plan = plan_of_lines<T>(pass, own);
+      const int64_t sums = pass.takes_columns() ? plan.blocks() * 2 * plan.slots : 0;
+      if (sums > columns) columns = sums;
+      if (plan.team == Team::launches && plan.size > pieces) pieces = plan.size;
+    }
   };
   ForwardPass forward{};
   forward.y.data = &forward;
+  look(forward);
   BackwardPass backward{};
   backward.dx.data = &backward;
   backward.sums = true;
-  const int64_t held = int64_t(d.sms) * BackwardPass::kLineThreads * kLineElements, channels = f.channels(),
-                columns = channels > held ? channels : f.size() < held ? f.size() : held;
-  const int64_t one = pieces(forward), other = pieces(backward), most = one > other ? one : other;
+  look(backward);
+  backward.dx = {};  // of cut lines, the sums alone
+  backward.s1 = reinterpret_cast<double*>(&backward);
+  look(backward);
   LineScratch at;
-  at.sums_at = columns * 2 * int64_t(sizeof(double));
-  at.corrections_at = at.sums_at + f.statistics() * most * kSumsBytes;
-  at.bytes = at.corrections_at + (most > 0 ? f.statistics() * 2 * int64_t(sizeof(double)) : 0);
+  at.sums_at = columns * int64_t(sizeof(double));
+  at.corrections_at = at.sums_at + f.statistics() * pieces * kSumsBytes;
+  at.bytes = at.corrections_at + (pieces > 0 ? f.statistics() * 2 * int64_t(sizeof(double)) : 0);
   return at;
 }
 
@@ -244,23 +250,31 @@ __global__ void line_corrections_kernel(int64_t lines, double n, bool center, do
   s2[s] = -s2[s] / n;
 }
 
-// The teams' sums of channels, in order: 32 channels a block.
-__global__ void line_gradients_kernel(int64_t channels, int64_t teams, const Array columns, const Array dweight,
+// The blocks' sums of channels, in order: 32 channels a block.
+__global__ void line_gradients_kernel(const Fold f, const LinePlan plan, const Array columns, const Array dweight,
                                       const Array dbias) {
   constexpr int slices = kEach / int(kWarp);
   __shared__ double all[slices][2][kWarp];
   const int lane = int(threadIdx.x % kWarp), slice = int(threadIdx.x / kWarp);
   const int64_t c = int64_t(blockIdx.x) * kWarp + lane;
   double u = 0, ux = 0;
+  if (c < f.channels() && plan.teams > 0) {
+    const int64_t group = c / f.share(), own = c - group * f.share();  // of the group's
+    const int64_t begin = own * f.span / plan.each, end = ((own + 1) * f.span - 1) / plan.each;
+    for (int64_t rank = begin; rank <= end; ++rank) {
+      const int64_t slot = own - rank * plan.each / f.span;
 #pragma unroll 4
-  for (int64_t team = slice; c < channels && team < teams; team += slices) {
-    u += columns.get(2 * team * channels + c);
-    ux += columns.get((2 * team + 1) * channels + c);
+      for (int64_t team = slice; team < plan.teams; team += slices) {
+        const int64_t at = ((team * f.groups + group) * plan.size + rank) * 2 * plan.slots + slot;
+        u += columns.get(at);
+        ux += columns.get(at + plan.slots);
+      }
+    }
   }
   all[slice][0][lane] = u;
   all[slice][1][lane] = ux;
   __syncthreads();
-  if (slice > 0 || c >= channels) return;
+  if (slice > 0 || c >= f.channels()) return;
   for (int i = 1; i < slices; ++i) {
     u += all[i][0][lane];
     ux += all[i][1][lane];
@@ -268,12 +282,11 @@ __global__ void line_gradients_kernel(int64_t channels, int64_t teams, const Arr
   dweight.set(c, ux);
   dbias.set(c, u);
 }
-void add_lines(const ForwardPass&, int64_t, const Array&, const Queue&) {}
-void add_lines(const BackwardPass& pass, int64_t teams, const Array& columns, const Queue& queue) {
-  const int64_t channels = pass.fold.channels();
+void add_lines(const ForwardPass&, const LineJob&, const Queue&) {}
+void add_lines(const BackwardPass& pass, const LineJob& job, const Queue& queue) {
   if (pass.sums)
-    launch_each((channels + kWarp - 1) / kWarp * kEach, queue, line_gradients_kernel, channels, teams, columns,
-                pass.dweight, pass.dbias);
+    launch_each((pass.fold.channels() + kWarp - 1) / kWarp * kEach, queue, line_gradients_kernel, pass.fold, job.plan,
+                job.columns, pass.dweight, pass.dbias);
 }
 
 void run(const ForwardPass&, const Queue&);
@@ -329,6 +342,7 @@ void run_lines(const Pass& pass, const Kernel<Pass, LineJob> (&kernels)[2], cons
     if (cut && in_turn<T>(pass, queue)) return;
     if (cut) job.sums = scratch + line_scratch<T>(f, device(queue.device)).sums_at;
     if (sizeof(T) < 8 && job.plan.steps <= job.plan.teams * kChunk) job.columns.dtype = DType::f32;  // one sum each
+    job.span = Divisor(f.span);
     job.vector = f.inner % kWidth<T> == 0;
     for (const void* p : pass.tensors()) job.vector = job.vector && reinterpret_cast<uintptr_t>(p) % kPackBytes == 0;
     cudaLaunchAttribute attribute;
@@ -341,7 +355,7 @@ void run_lines(const Pass& pass, const Kernel<Pass, LineJob> (&kernels)[2], cons
     check(error, "launching a kernel");
     if (cut) merge_lines(pass, job.sums, job.plan.size, queue);
   }
-  add_lines(pass, job.plan.teams, job.columns, queue);
+  add_lines(pass, job, queue);
 }
 
 template <class Call>
@@ -623,7 +637,7 @@ void copy(const CopyArgs& a) {
 
 int64_t scratch(const Fold& f, DType dtype, int ordinal) {
   int64_t lines = 0;
-  if (f.is_lines())
+  if (fits_lines(f))
     with_dtype(dtype, [&](auto element) { lines = line_scratch<decltype(element)>(f, device(ordinal)).bytes; });
   const int64_t passes = pass_bytes(f.cells(), dtype, ordinal) + (has_cells(f) ? cell_bytes(f) : 0);
   return lines > passes ? lines : passes;

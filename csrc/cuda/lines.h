@@ -1,5 +1,5 @@
 // Lines: each run of `inner` elements has one statistic, and each of its elements a channel of its own (layer norm, RMS
-// norm).
+// norm); or each `span` neighbouring ones (group norm).
 //
 // A line lies in the registers of the threads that share it from when it is read until it is written: some lanes of a
 // warp, which then take several lines at once, the warps of a block, or a cluster's. A thread meets the same channels in
@@ -20,13 +20,12 @@ constexpr int kLinesAtOnce = sizeof(T) == 8 ? 2 : 4;  // short ones, of a thread
 template <class T, class Pass>
 constexpr int kLinePacks = std::is_same_v<Pass, BackwardPass> && sizeof(T) != 4 ? 2 : 4;
 
-constexpr int kLineElements = 16;  // of which backward has so many at most
-
 struct LineJob {
   LinePlan plan;
   bool vector;    // packs are aligned; else neighbouring lanes take neighbouring elements
   void* sums;     // out Sums [S][size], where a team's blocks do not meet; else null
-  Array columns;  // out [teams][2][C]: Σdy, Σdy·x̂ over the lines of a team
+  Divisor span;   // elements that share a channel
+  Array columns;  // out [blocks][2][slots]: Σdy, Σdy·x̂ over a team's lines, of the channels that a block has part of
 };
 
 template <class T, class Pass>
@@ -36,6 +35,7 @@ LinePlan plan_of_lines(const Pass& pass, const Device& device) {
   return plan_lines({.lines = f.batch,
                      .groups = f.groups,
                      .packs = (f.inner + width - 1) / width,
+                     .span = f.span > 0 ? f.span : 1,
                      .each = kLinePacks<T, Pass>,
                      .at_once = kLinesAtOnce<T>,
                      .merges = pass.takes_line_sums(),
@@ -80,22 +80,21 @@ class Sharer {
 
   const LineJob& job;
   const Fold& fold;
-  int lane, own;        // among those that share a line in this block; of the block's lines at once
-  int64_t team, group;  // of the group's teams
-  int rank;             // of the block in its team
-  R n;                  // elements of the line that the warp has
+  int lane, own;    // among those that share a line in this block; of the block's lines at once
+  int team, group;  // of the group's teams
+  int rank;         // of the block in its team
+  R n;              // elements of the line that the warp has
 
   FN_DEVICE Sharer(const LineJob& j, const Fold& f, unsigned char* shared) : job(j), fold(f), shared_(shared) {
     const LinePlan& p = job.plan;
     lane = int(thread()) % p.sharers;
     own = int(thread()) / p.sharers;
-    const int64_t block = blockIdx.x, number = block / p.size;
-    rank = int(block - number * p.size);
-    team = number / fold.groups;
-    group = number - team * fold.groups;
-    from_ = p.share * rank * width;
-    const int64_t left = fold.inner - from_, most = p.share * width;
-    limit_ = int(left < 0 ? 0 : left < most ? left : most);
+    const int block = int(blockIdx.x), number = block / p.size, all = int(fold.groups);
+    rank = block - number * p.size;
+    team = number / all;
+    group = number - team * all;
+    const int64_t left = fold.inner - begin();
+    limit_ = int(left < 0 ? 0 : left < p.each ? left : p.each);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
 #pragma unroll
@@ -117,8 +116,8 @@ class Sharer {
   // Who writes down what is known of a line.
   FN_DEVICE bool speaks() const { return lane == 0 && rank == 0; }
 
-  FN_DEVICE void load(const T* tensor, int64_t entry, uint4 (&v)[kPacks]) const {
-    const T* line = tensor + (statistic(entry) * fold.inner + from_);
+  FN_DEVICE void load(const Array& tensor, int64_t entry, uint4 (&v)[kPacks]) const {
+    const T* line = anew(tensor.as<const T>()) + (statistic(entry) * fold.inner + begin());
     const uint32_t bits = is_line(entry) ? bits_ : 0;
     if (job.vector) {
 #pragma unroll
@@ -136,8 +135,8 @@ class Sharer {
       v[k] = bit_cast<uint4>(one);
     }
   }
-  FN_DEVICE void store(T* tensor, int64_t entry, const uint4 (&v)[kPacks]) const {
-    T* line = tensor + (statistic(entry) * fold.inner + from_);
+  FN_DEVICE void store(const Array& tensor, int64_t entry, const uint4 (&v)[kPacks]) const {
+    T* line = anew(tensor.as<T>()) + (statistic(entry) * fold.inner + begin());
     const uint32_t bits = is_line(entry) ? bits_ : 0;
     if (job.vector) {
 #pragma unroll
@@ -194,25 +193,26 @@ class Sharer {
   }
 
   // Of what its warps have of a line; all threads that share it call this, and get the same.
+  template <bool kMoments>
   FN_DEVICE All meet(const Own& own_sums, bool center) {
     if constexpr (kSeveral) {
       return own_sums;
     } else {
       const int warps = job.plan.sharers / int(kWarp), l = int(thread() % kWarp);
-      LinePart p{{double(own_sums.pivot), double(own_sums.s), double(own_sums.q)}, double(n)};
+      LinePart p{{double(own_sums.pivot), double(own_sums.s), double(own_sums.q)}, kMoments ? double(n) : 0};
       if (warps > 1) {
         LinePart* const all = line_parts() + parity_ * int(blockDim.x / kWarp);
         if (l == 0) all[thread() / kWarp] = p;
         __syncthreads();
-        p = unite(l < warps ? all[own * warps + l] : LinePart{}, center, inverse_, kWarp);
-      } else {
-        p = unite(p, center, inverse_, 1);
+        p = unite<kMoments>(l < warps ? all[own * warps + l] : LinePart{}, center, inverse_, kWarp);
+      } else if (kMoments) {
+        p = unite<kMoments>(p, center, inverse_, 1);
       }
       if (job.plan.team == Team::cluster) {
         LinePart* const mine = line_parts() + 2 * int(blockDim.x / kWarp) + parity_;
         if (thread() == 0) *mine = p;
         sync_cluster();
-        p = unite(l < job.plan.size ? *map(mine, l) : LinePart{}, center, 1 / double(fold.inner), kWarp);
+        p = unite<kMoments>(l < job.plan.size ? *map(mine, l) : LinePart{}, center, 1 / double(fold.inner), kWarp);
       }
       parity_ ^= 1;  // what others still read is not written before they have been at the next barrier
       return p.sums;
@@ -221,7 +221,7 @@ class Sharer {
   // About its own mean, if there is to be one.
   FN_DEVICE LineSums<double> settled(const All& p, bool center) const {
     if constexpr (!kSeveral) return p;
-    return unite({{double(p.pivot), double(p.s), double(p.q)}, double(n)}, center, inverse_, 1).sums;
+    return unite<true>({{double(p.pivot), double(p.s), double(p.q)}, double(n)}, center, inverse_, 1).sums;
   }
   // Before a block of a cluster ends: others may still read its parts.
   FN_DEVICE void end() const {
@@ -244,18 +244,40 @@ class Sharer {
         columns[(2 * stack + 1) * room + place(k, i / some) + i % some] = q;
       }
     __syncthreads();
-    for (int i = int(thread()); i < 2 * room; i += int(blockDim.x)) {
-      const int which = i >= room, at = i - which * room, column = channel(at);
-      if (column >= limit_) continue;
-      const int64_t to = ((team * 2 + which) * fold.groups + group) * fold.inner + from_ + column;
-      double sum = first ? 0 : job.columns.get(to);
+    const auto add = [&](int which, int slot, double sum) {
+      const int64_t to = (int64_t(blockIdx.x) * 2 + which) * job.plan.slots + slot;
+      job.columns.set(to, first ? sum : job.columns.get(to) + sum);
+    };
+    const auto stacked = [&](int which, int at) {
+      double sum = 0;
       for (int s = 0; s < stacks; ++s) sum += double(columns[(2 * s + which) * room + at]);
-      job.columns.set(to, sum);
+      return sum;
+    };
+    if (job.span.by == 1) {
+      for (int i = int(thread()); i < 2 * room; i += int(blockDim.x)) {
+        const int which = i >= room, at = i - which * room, column = channel(at);
+        if (column < limit_) add(which, column, stacked(which, at));
+      }
+    } else {  // a warp for each channel
+      const int64_t span = job.span.by, before = job.span.divide(begin());
+      const int channels = limit_ > 0 ? int(job.span.divide(begin() + limit_ - 1) - before) + 1 : 0;
+      for (int i = int(thread() / kWarp); i < 2 * channels; i += int(blockDim.x / kWarp)) {
+        const int which = i >= channels, slot = i - which * channels;
+        const int64_t at = (before + slot) * span - begin();
+        const int end = int(at + span < limit_ ? at + span : limit_);
+        double sum = 0;
+        for (int c = int(at > 0 ? at : 0) + int(thread() % kWarp); c < end; c += int(kWarp))
+          sum += stacked(which, place_of(c));
+        sum = sum_near(sum, kWarp);
+        if (thread() % kWarp == 0) add(which, slot, sum);
+      }
     }
     __syncthreads();
   }
 
  private:
+  // The block's first element of a line.
+  FN_DEVICE int64_t begin() const { return job.plan.each * rank; }
   // Of the block's part of a line.
   template <bool kVector>
   FN_DEVICE int element(int k, int i, int of) const {
@@ -270,21 +292,36 @@ class Sharer {
     const int i = place % some, rest = place / some, part = rest / job.plan.sharers;
     return element(part / parts, part % parts * some + i, rest - part * job.plan.sharers);
   }
+  FN_DEVICE int place_of(int column) const {
+    const int unit = job.vector ? column / width : column, rest = unit / job.plan.sharers,
+              of = unit - rest * job.plan.sharers, k = job.vector ? rest : rest / width,
+              i = job.vector ? column % width : rest % width;
+    return ((k * parts + i / some) * job.plan.sharers + of) * some + i % some;
+  }
   FN_DEVICE R* parameters(int which) const { return reinterpret_cast<R*>(shared_) + which * job.plan.room; }
   FN_DEVICE LinePart* line_parts() const { return reinterpret_cast<LinePart*>(shared_ + job.plan.parts_at); }
   // No array: 1 of the first kind, weights, and 0 of the second.
   template <class P>
   FN_DEVICE void take_parameters(int which, const P* from) const {
     R* const to = parameters(which);
-#pragma unroll 4
-    for (int i = int(thread()); i < job.plan.room; i += int(blockDim.x)) {
-      const int column = channel(i);
-      to[i] = !from || column >= limit_ ? R(which == 0) : R(to_real(from[group * fold.inner + from_ + column]));
+    const int64_t span = job.span.by;
+    for (int i = int(thread()) * some; i < job.plan.room; i += int(blockDim.x) * some) {
+      const int first = channel(i), apart = job.vector ? 1 : job.plan.sharers;
+      int64_t c = 0, end = 0;  // of the channel
+#pragma unroll
+      for (int j = 0; j < some; ++j) {
+        const int column = first + j * apart;
+        const int64_t element = group * fold.inner + begin() + column;
+        if (element >= end) c = job.span.divide(element), end = (c + 1) * span;
+        to[i + j] = !from || column >= limit_ ? R(which == 0) : R(to_real(from[c]));
+      }
     }
   }
 
   // Of `lanes` lanes, 1/inverse numbers.
+  template <bool kMoments>
   FN_DEVICE LinePart unite(const LinePart& p, bool center, double inverse, uint32_t lanes) const {
+    if (!kMoments) return {{0, sum_near(p.sums.s, lanes), sum_near(p.sums.q, lanes)}, 0};
     const double s = sum_near(p.n * p.sums.pivot + p.sums.s, lanes), mean = center ? s * inverse : 0;
     const double d = p.sums.pivot - mean;
     return {{mean, center ? 0 : s, sum_near(p.sums.q + d * (2 * p.sums.s + p.n * d), lanes)}, double(limit_)};
@@ -301,8 +338,7 @@ class Sharer {
 #endif
 
   unsigned char* const shared_;
-  int64_t from_;       // the block's first element of a line
-  int limit_;          // and how many it has
+  int limit_;          // elements of a line that the block has
   double inverse_;     // 1/limit_
   uint32_t bits_ = 0;  // element i of pack k, is it there: bit k·width + i
   int whole_ = 0;      // packs that every lane of the warp has all of
@@ -342,7 +378,7 @@ FN_DEVICE auto line_moments(Sharer<T, kRows, kPacks>& me, const uint4 (&v)[kPack
       }
     }
   });
-  return me.meet({pivot, sum_near(sum_of(s), lanes), sum_near(sum_of(q), lanes)}, center);
+  return me.template meet<true>({pivot, sum_near(sum_of(s), lanes), sum_near(sum_of(q), lanes)}, center);
 }
 
 template <class T, int kRows, int kPacks>
@@ -354,9 +390,7 @@ __global__ void __launch_bounds__(ForwardPass::kLineThreads, 1)
   FN_SHARED(unsigned char, shared);
   Sharer<T, kRows, kPacks> me(job, pass.fold, shared);
   const double inverse_n = pass.fold.inner > 0 ? 1.0 / double(pass.fold.inner) : 0;
-  const T* x = anew(pass.x.template as<const T>());
-  T* y = anew(pass.y.template as<T>());
-  if (y) {
+  if (pass.y) {
     me.take_parameters(0, pass.weight);
     me.take_parameters(1, pass.bias);
     __syncthreads();
@@ -366,13 +400,15 @@ __global__ void __launch_bounds__(ForwardPass::kLineThreads, 1)
     typename Sharer<T, kRows, kPacks>::All found[kRows];
     R scale[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) me.load(x, me.batch_entry(step, r), v[r]);
+    for (int r = 0; r < kRows; ++r) {
+      me.load(pass.x, me.batch_entry(step, r), v[r]);
+      scale[r] = 1;
+    }
     if (pass.takes_statistics()) {
       bool fine = true;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        scale[r] = 1;
-        found[r] = line_moments(me, v[r], scale[r], pass.center);
+        found[r] = line_moments(me, v[r], R(1), pass.center);
         fine = fine && in_range<R>(found[r].s, found[r].q);
       }
       // Lines that are shared among warps are one a block: all of it, or of its cluster, finds the same.
@@ -416,7 +452,7 @@ __global__ void __launch_bounds__(ForwardPass::kLineThreads, 1)
       }
       if (writes && pass.mean) pass.mean[s] = mean;
       if (writes && pass.rstd) pass.rstd[s] = rstd;
-      if (!y) continue;
+      if (!pass.y) continue;
       const Affine<R> a = affine<R>(mean, rstd, 1, 0);
       me.each_pack([&](int k, auto) {
 #pragma unroll
@@ -430,7 +466,7 @@ __global__ void __launch_bounds__(ForwardPass::kLineThreads, 1)
           put(v[r][k], p, value, T{});
         }
       });
-      me.store(y, entry, v[r]);
+      me.store(pass.y, entry, v[r]);
     }
   }
   me.end();
@@ -443,31 +479,28 @@ __global__ void __launch_bounds__(BackwardPass::kLineThreads, 1)
   constexpr int width = kWidth<T>, some = kSome<T>, parts = width / some;
   FN_SHARED(unsigned char, shared);
   Sharer<T, kRows, kPacks> me(job, pass.fold, shared);
-  const T *x = anew(pass.x.template as<const T>()), *dy = anew(pass.dy.template as<const T>());
-  T* dx = anew(pass.dx.template as<T>());
   const double inverse_n = 1.0 / double(pass.fold.inner);
   me.take_parameters(0, pass.weight);
   __syncthreads();
-  const bool merges = job.sums || pass.takes_line_sums(), across = pass.takes_columns();
+  const bool merges = job.sums || pass.takes_line_sums();
 
   R u[kPacks][width] = {}, ux[kPacks][width] = {};
   int taken = 0;
-  bool first = true;
   for (int64_t step = me.team; step < job.plan.steps; step += job.plan.teams) {
     uint4 v[kRows][kPacks], g[kRows][kPacks];
     Affine<R> a[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t entry = me.batch_entry(step, r);
-      me.load(x, entry, v[r]);
-      me.load(dy, entry, g[r]);
+      me.load(pass.x, entry, v[r]);
+      me.load(pass.dy, entry, g[r]);
       const bool there = me.is_line(entry);
       a[r] = affine<R>(there && pass.mean ? pass.mean[me.statistic(entry)] : 0,
                        there ? pass.rstd[me.statistic(entry)] : 1, 1, 0);
     }
 
     typename Sharer<T, kRows, kPacks>::All sums[kRows] = {};
-    if (merges || across) {
+    if (merges || pass.takes_columns()) {
       R s[kRows] = {}, q[kRows] = {};
       me.each_pack([&](int k, auto all) {
         constexpr bool kAll = decltype(all)::value;
@@ -499,7 +532,7 @@ __global__ void __launch_bounds__(BackwardPass::kLineThreads, 1)
       if (merges) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-          sums[r] = me.meet({0, sum_near(s[r], me.near()), sum_near(q[r], me.near())}, false);
+          sums[r] = me.template meet<false>({0, sum_near(s[r], me.near()), sum_near(q[r], me.near())}, false);
       }
     }
 
@@ -513,7 +546,7 @@ __global__ void __launch_bounds__(BackwardPass::kLineThreads, 1)
         if (pass.s1) pass.s1[s] = sums[r].s;
         if (pass.s2) pass.s2[s] = sums[r].q;
       }
-      if (!dx) continue;
+      if (!pass.dx) continue;
       double cx = there && pass.cx ? pass.cx[s] : 0, c0 = there && pass.c0 ? pass.c0[s] : 0;
       if (!pass.known()) {
         cx = -double(sums[r].q) * inverse_n;
@@ -533,19 +566,17 @@ __global__ void __launch_bounds__(BackwardPass::kLineThreads, 1)
           put(v[r][k], part, z, T{});
         }
       });
-      me.store(dx, entry, v[r]);
+      me.store(pass.dx, entry, v[r]);
     }
-    if (across && ++taken == kChunk) {
-      me.add_columns(u, ux, first);
-      first = false;
-      taken = 0;
+    if (pass.takes_columns() && ++taken % kChunk == 0) {
+      me.add_columns(u, ux, taken == kChunk);
 #pragma unroll
       for (int k = 0; k < kPacks; ++k)
 #pragma unroll
         for (int i = 0; i < width; ++i) u[k][i] = ux[k][i] = 0;
     }
   }
-  if (taken > 0) me.add_columns(u, ux, first);
+  if (taken % kChunk != 0) me.add_columns(u, ux, taken < kChunk);
   me.end();
 }
 

@@ -15,6 +15,13 @@ constexpr int kChunk = 64;
 
 // A statistic of several cells (core/fold.h) is taken in turns: the cells' own, of a fold of cells; what they make
 // together; and with that given, the cells once more.
+constexpr int64_t kLongGroup = 32768;
+// Folds for the loops of lines.h, as far as these know what else is asked for. Groups of channels that a cluster cannot
+// hold are better off as rows.
+inline bool fits_lines(const Fold& f) {
+  return f.is_lines() || (f.outer == 1 && f.share() > 1 && f.inner <= kLongGroup);
+}
+
 struct ForwardPass {
   Fold fold;
   Divisor share;             // cells that have a given statistic in common
@@ -40,7 +47,7 @@ struct ForwardPass {
 
   // The loops of lines.h know neither masks nor epilogues.
   bool is_lines() const {
-    return fold.is_lines() && !mask && !epilogue.residual && epilogue.activation == Activation::identity;
+    return fits_lines(fold) && !mask && !epilogue.residual && epilogue.activation == Activation::identity;
   }
   FN_INLINE bool takes_line_sums() const { return takes_statistics(); }
   FN_INLINE bool takes_columns() const { return false; }
@@ -76,7 +83,7 @@ struct BackwardPass {
   static constexpr int resident(bool) { return 512; }
   static constexpr int kLineThreads = 512;  // in lines.h
   bool is_lines() const {
-    return fold.is_lines() && !mask && !dresidual && epilogue.activation == Activation::identity;
+    return fits_lines(fold) && !mask && !dresidual && epilogue.activation == Activation::identity;
   }
   // Of lines: along them, and across.
   FN_INLINE bool takes_line_sums() const { return s1 || s2 || (dx && !known()); }

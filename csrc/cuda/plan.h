@@ -153,7 +153,7 @@ constexpr int kShortLine = 32;  // packs: a warp has several such lines at once
 // What a pass over lines asks for (lines.h).
 struct LineWork {
   int64_t lines = 0, groups = 1;  // lines of a group
-  int64_t packs = 0;              // of a line
+  int64_t packs = 0, span = 1;    // of a line; elements of it that share a channel
   int each = 1;                   // packs of a line that a thread has, at most
   int at_once = 1;                // short lines of a thread
   bool merges = false;            // a line's sums are needed
@@ -172,6 +172,7 @@ struct LinePlan {
   bool several = false;                          // a thread has one pack of some lines, else some packs of one
   int sharers = 32, lines = 1;                   // of a block: threads of a line; its lines at once
   int room = 0;                                  // elements of a line that they can hold
+  int64_t each = 0, slots = 0;                   // elements and, at most, channels of a line that are one block's
   int parts_at = 0, columns_at = 0, shared = 0;  // bytes: the block's shared memory
 
   int64_t blocks() const { return teams * groups * size; }
@@ -202,6 +203,8 @@ inline LinePlan line_plan(const LineWork& w, const Device& d, int block) {
   p.threads = (most < d.threads ? most : d.threads) / p.sharers * p.sharers;
   p.lines = p.threads / p.sharers;
   p.room = each * p.sharers * w.width;
+  p.each = p.share * w.width;
+  p.slots = p.each / w.span + 2;
   const int warps = p.threads / 32, stacks = p.several ? warps : p.lines;
   p.parts_at = int(up(int64_t(w.parameters) * p.room * w.real, 32)) * 32;
   p.columns_at = p.parts_at + (2 * warps + 2) * kPartBytes;

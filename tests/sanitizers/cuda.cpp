@@ -114,7 +114,10 @@ std::vector<Call> calls() {
   };
   add(folds, kinds);
   add(of_lines, line_kinds);
+  // Groups of channels, as lines.
+  const Fold of_groups[] = {{5, 1, 3, 36, 9}, {70, 1, 1, 48, 16}, {3, 1, 2, 3000, 1500}, {9, 1, 2, 400, 2}};
   add(of_cells, cell_kinds);
+  add(of_groups, line_kinds);
   // Columns and rows without a mean. A thread's packs in several chunks; a grid of two teams for seven slabs.
   all.push_back({.fold = rows(2, 3, 3, 50), .activation = Activation::relu, .centered = false});
   all.push_back({.fold = columns(1, 40, 20), .dtype = DType::bf16, .centered = false});
