@@ -155,7 +155,7 @@ def table(
         want = cases.expected(norm.case, inputs)
         bounds = cases.bounds(norm.case, inputs, want)
         saved = norm.forward()[1:]
-        names = norm.name, str(integers(norm.folds(norm.case.shape)[0])), " ".join(str(a.shape) for a in saved)
+        names = norm.name, str(integers(norm.folds(norm.case.shape)[0])), ", ".join("×".join(map(str, a.shape)) for a in saved)
         for which, result, call in (
             ("forward", "y", norm.forward),
             ("backward", "dx", partial(norm.backward, *saved)),
@@ -209,7 +209,9 @@ def show(title: str, rows: list[list[str]]) -> None:
         drawn = Table(*columns, box=box.SIMPLE_HEAD, title=title)
         for row in rows:
             drawn.add_row(*row)
-        Console(highlight=False, width=140).print(drawn)
+        console = Console(highlight=False)
+        console.width = max(console.width, 140)  # broken lines are easier to read than broken cells
+        console.print(drawn)
         return
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     print(title)
