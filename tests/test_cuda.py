@@ -39,7 +39,7 @@ def on_device(a: np.ndarray[Any, Any]) -> Any:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", [marked(case) for case in CASES if not case.on_cpu_only])
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_case(case: Case, device: int) -> None:
     skip_what_is_missing(case)
     if EMULATED and device and case.size > 200_000:
@@ -53,9 +53,7 @@ def test_case(case: Case, device: int) -> None:
 
 @pytest.mark.skipif(not EMULATED, reason="a GPU's schedule is its own")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "case", [marked(case) for case in CASES if {"quick", "sanitize"} <= case.tags and not case.on_cpu_only]
-)
+@pytest.mark.parametrize("case", [marked(case) for case in CASES if {"quick", "sanitize"} <= case.tags])
 def test_bits_do_not_depend_on_the_schedule(case: Case, device: int) -> None:
     import emulator
 
@@ -201,12 +199,6 @@ def test_arrays_of_other_libraries_are_seen_as_cupys(device: str) -> None:
     )  # fmt: skip
     assert all(map(same, (*got, out), (*expected, expected[0])))
     assert all(map(same, fn.moments(Foreign(x), 0), fn.moments(x, 0)))
-
-
-def test_lines_are_refused(device: str) -> None:
-    for width in (1, 3):
-        with pytest.raises(TypeError, match=f"x is on {device}, and lines are folds of the CPU only"):
-            fn.rms_norm(normal(4, width), width)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])

@@ -221,3 +221,81 @@ def test_without_clusters_and_cooperative_launches_there_are_two_launches(plan: 
         assert plan(f, 4, "training", DEVICES["toy with neither"]).team in ("block", "launches")
     _, three = folds((64, 3, 16, 16))
     assert plan(three, 4, "training", DEVICES["toy with neither"]).team == "launches"
+
+
+@dataclass(frozen=True)
+class LinePlan:
+    team: str
+    threads: int  # of a block
+    size: int  # blocks of a line
+    teams: int  # of a group
+    steps: int  # of which a team does every so many
+    share: int  # packs of a line that are one block's
+    several: bool  # a thread has one pack of some lines, else some packs of one
+    sharers: int  # threads of a block that share a line
+    lines: int  # of a block at once
+    room: int  # elements of a line that they can hold
+    shared: int  # bytes
+    rows: int  # lines of a thread
+
+
+LinePlanner = Callable[..., LinePlan]
+
+
+@pytest.fixture(scope="module")
+def line_plan(library: ctypes.CDLL) -> LinePlanner:
+    def planned(f: Fold, item: int, kind: str, device: Device) -> LinePlan:
+        numbers = (ctypes.c_int64 * 5)(f.batch, f.outer, f.groups, f.inner, f.span)
+        limits = (ctypes.c_int64 * 8)(*vars(device).values())
+        out = (ctypes.c_int64 * 12)()
+        library.line_plan_for(numbers, item, KINDS.index(kind), limits, out)
+        return LinePlan(TEAMS[out[0]], *out[1:6], bool(out[6]), *out[7:])
+
+    return planned
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_lines_keep_to_the_device(device: Device, line_plan: LinePlanner) -> None:
+    widths = (0, 2, 7, 8, 33, 128, 129, 512, 1000, 4096, 5003, 65536, 1 << 20, (1 << 31) + 77)
+    for lines, groups, width in itertools.product((1, 7, 4096, 10**6), (1, 3, 5000), widths):
+        if lines * groups * width > 1 << 40:
+            continue
+        for kind, item in itertools.product(KINDS, (2, 4, 8)):
+            f = Fold(lines, 1, groups, width, 1)
+            p = line_plan(f, item, kind, device)
+            what = f"{f} {kind} {item}: {p}"
+            packs = -(-width * item // 16)
+            assert p.threads % 32 == 0, what
+            assert p.threads == p.sharers * p.lines <= min(device.threads, 1024), what
+            assert p.shared <= device.shared_block, what
+            assert p.shared + device.shared_lost <= device.shared, what
+            assert p.share * p.size >= packs, what  # all of the line is somebody's
+            assert p.share * 16 // item <= p.room, what  # and held
+            assert p.sharers & (p.sharers - 1) == 0 if p.several else p.sharers % 32 == 0, what
+            assert p.several == (packs <= 32), what
+            assert (p.steps - 1) * p.lines * p.rows < lines <= p.steps * p.lines * p.rows, what
+            assert 1 <= p.teams <= p.steps, what
+            assert p.teams * p.size * groups < 1 << 31, what
+            if p.team == "cluster":
+                assert 1 < p.size <= device.max_cluster, what
+                assert p.size & (p.size - 1) == 0, what
+                assert p.lines == 1, what
+            if p.team == "launches":  # only sums must wait for another launch
+                assert kind not in ("evaluation", "grad_input"), what
+            # What scratch memory holds of the sums across lines (csrc/cuda/backend.cu).
+            if kind in ("backward", "grad_sums"):
+                held = min(lines * groups * width, device.sms * 512 * 16)
+                assert p.teams * groups * width <= max(groups * width, held), what
+
+
+@pytest.mark.parametrize("item", [2, 4])
+@pytest.mark.parametrize("kind", ["training", "backward"])
+def test_lines_are_read_once_on_an_h200(kind: str, item: int, line_plan: LinePlanner) -> None:
+    """Up to 65,536 numbers, and with enough threads to fill the device, most of which have something to do."""
+    h200 = DEVICES["H200"]
+    for width in (8, 32, 64, 100, 256, 768, 1024, 4096, 5000, 8192, 16384, 32768, 65536):
+        p = line_plan(Fold((1 << 28) // width, 1, 1, width, 1), item, kind, h200)
+        assert p.team in ("block", "cluster"), p
+        assert p.size == 1 or p.team == "cluster", p
+        assert p.teams * p.size * p.threads >= 0.7 * h200.sms * 512, p
+        assert p.size * p.room <= max(2 * width, 32), p

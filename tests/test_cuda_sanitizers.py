@@ -102,6 +102,33 @@ PLANTS = {
         "forward.h", "if («i + (kAll ? 0 : k) < kept») place", "true", "clusters", OVERRUN
     ),
     "scratch memory is too small": Plant("backend.cu", "int64_t(«kMaxParts») * device", "1", "grids", OVERRUN),
+    "no barrier before the warps' parts of a line are read": Plant(
+        "lines.h", "«__syncthreads();»\n        p = unite(", ";", "clusters", WRONG | RACE
+    ),
+    "a line's parts are overwritten": Plant("lines.h", "«parity_ ^= 1;»", ";", "clusters", WRONG | RACE),
+    "a line's cluster does not wait": Plant("lines.h", "«sync_cluster();»\n        p = unite(", ";", "clusters", WRONG),
+    "a block ends while its line's cluster reads": Plant(
+        "lines.h",
+        "«if (job.plan.team == Team::cluster) sync_cluster();»",
+        ";",
+        "clusters",
+        {"plain": "map_shared_rank of a block that has ended"},
+    ),
+    "no barrier before the sums across lines are read": Plant(
+        "lines.h", "= q;\n      }\n    «__syncthreads();»", ";", "clusters", WRONG | RACE
+    ),
+    "sums across lines begin anew": Plant("lines.h", "«first = false;»", ";", "grids", WRONG),
+    "lines behind the last are read": Plant("lines.h", "return «entry < fold.batch»;", "true", "clusters", OVERRUN),
+    "what is not there counts": Plant(
+        "lines.h", "«if (!kAll && !(me.there(k) >> (part * some + i) & 1)) d = 0;»", ";", "clusters", WRONG
+    ),
+    "lines that are cut have no room": Plant(
+        "backend.cu", "f.statistics() * «most» * kSumsBytes", "0", "grids", OVERRUN
+    ),
+    "a cell has a statistic of its own": Plant(
+        "forward.h", "pass.given_rstd[«pass.share.divide(s)»]", "s", "clusters", {"plain": WRONG["plain"]} | OVERRUN
+    ),
+    "a cell's sums are the statistic's": Plant("backend.cu", "«1 / double(f.share())»", "1.0", "clusters", WRONG),
     "running statistics are updated by every block": Plant(
         "forward.h",
         "if («me.rank() == 0 && column.first») {\n      if (pass.count)",

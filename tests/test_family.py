@@ -1,5 +1,5 @@
-"""Instance, group and weight norm by their contract: layouts, outputs, errors, bits, layers; the values are tested in
-test_cases.py."""
+"""Instance, group, switchable and weight norm by their contract: layouts, outputs, errors, bits, layers; the values are
+tested in test_cases.py."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ NORMS = {
     "instance mask": Case("mask", (3, 6, 5, 4), norm="instance", mask=True),
     "group": Case("group", (3, 6, 5, 4), norm="group", groups=2, running=False),
     "group mask": Case("mask", (3, 6, 5, 4), norm="group", groups=3, mask=True, running=False),
+    "switchable": Case("switchable", (3, 6, 5, 4), norm="switchable"),
+    "switchable eval": Case("eval", (3, 6, 5, 4), norm="switchable", training=False),
     "weight": Case("weight", (6, 3, 5, 4), norm="weight", running=False, eps=0.0),
 }
 
@@ -107,33 +109,17 @@ def test_any_rank(norm: str, shape: tuple[int, ...], dtype: str) -> None:
 
 
 def calls(norm: str) -> tuple[cases.Inputs, Callable[..., Any], Callable[..., Any]]:
-    """x and dy; y, and what backward needs; and dx, with `out`."""
+    """The inputs; y, and what backward needs, of x; dx and the other gradients of dy and x. Both take out."""
     case = NORMS[norm]
     inputs = cases.make(case)
-    weight, bias = inputs.weight, inputs.bias
 
-    def forward(x: Array, **out: Any) -> Any:
-        if case.norm == "weight":
-            return fn.weight_norm_forward(x, weight, case.axis, **out)
-        if case.norm == "group":
-            return fn.group_norm_forward(x, case.groups, weight, bias, mask=inputs.mask, **out)
+    def kept(x: Array, dy: Array | None = None) -> Any:
+        """With running statistics of its own for each call."""
         running = {k: None if a is None else a.copy() for k, a in vars(inputs).items() if k.startswith("running")}
-        return fn.instance_norm_forward(
-            x, weight, bias, use_input_stats=case.training, mask=inputs.mask, **running, **out
-        )
+        return cases.calls(case, replace(inputs, x=x, dy=inputs.dy if dy is None else dy, **running), fn)
 
-    saved = forward(inputs.x)[1:]
-
-    def backward(dy: Array, x: Array, **out: Any) -> Any:
-        if case.norm == "weight":
-            return fn.weight_norm_backward(dy, x, weight, *saved, case.axis, **out)
-        if case.norm == "group":
-            return fn.group_norm_backward(dy, x, *saved, weight, bias, mask=inputs.mask, **out)
-        return fn.instance_norm_backward(
-            dy, x, *saved, weight, bias, use_input_stats=case.training, mask=inputs.mask, **out
-        )
-
-    return inputs, forward, backward
+    saved = kept(inputs.x)[0]()[1:]
+    return inputs, lambda x, **out: kept(x)[0](**out), lambda dy, x, **out: kept(x, dy)[1](*saved, **out)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -180,6 +166,9 @@ def test_the_same_bits_at_any_number_of_threads(last: bool, threads: None, isa: 
             if len(shape) > 2:
                 instance = fn.instance_norm_forward(x, weight, axis=axis)
                 found += [*instance, *fn.instance_norm_backward(dy, x, *instance[1:], weight, axis=axis)]
+            logits = normal((3,)), normal((3,), seed=1)
+            switchable = fn.switchable_norm_forward(x, *logits, weight, axis=axis)
+            found += [*switchable, *fn.switchable_norm_backward(dy, x, *switchable[1:], *logits, weight, axis=axis)]
             g = normal(tuple(k if a == axis % x.ndim else 1 for a, k in enumerate(x.shape)))
             w, norm = fn.weight_norm_forward(x, g, axis)
             found += [w, norm, *fn.weight_norm_backward(dy, x, g, norm, axis)]
@@ -215,6 +204,29 @@ def test_instance_norm_is_group_norm_with_one_channel_a_group() -> None:
     backward = fn.instance_norm_backward(dy, x, *instance[1:], weight, bias)
     for one, other in zip(backward, fn.group_norm_backward(dy, x, *group[1:], weight, bias), strict=True):
         assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 0), (2, 0, 3)])
+def test_zero_elements(shape: tuple[int, ...]) -> None:
+    x, weight, running = np.empty(shape, np.float32), np.ones(shape[1], np.float32), np.ones((2, shape[1]))
+    instance = fn.instance_norm_forward(x, weight, running_mean=running[0], running_var=running[1])
+    group = fn.group_norm_forward(x, 2, weight)
+    for (y, mean, rstd), groups, backward in (
+        (instance, shape[1], fn.instance_norm_backward),
+        (group, 2, fn.group_norm_backward),
+    ):
+        assert y.shape == shape
+        assert mean.shape == rstd.shape == (shape[0], groups)
+        dx, dweight, dbias = backward(y, x, mean, rstd, weight)
+        assert dx.shape == shape
+        np.testing.assert_array_equal((dweight, dbias), np.zeros((2, shape[1])))
+    np.testing.assert_array_equal(running, 1)
+    logits = np.ones(3, np.float32)
+    y, *saved = fn.switchable_norm_forward(x, logits, logits, running_mean=running[0], running_var=running[1])
+    assert y.shape == shape
+    for gradient in fn.switchable_norm_backward(y, x, *saved, logits, logits)[1:]:
+        assert not gradient.any()
+    np.testing.assert_array_equal(running, 1)
 
 
 # PyTorch.
@@ -259,6 +271,67 @@ def test_against_pytorch() -> None:
             np.testing.assert_allclose(one, tensor.grad, rtol=0, atol=1e-4)
 
 
+# Switchable norm's own.
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("training", [True, False])
+def test_pure_mixtures_are_the_norms_themselves(axis: int, training: bool) -> None:
+    """Logits that leave one share: instance, layer and batch norm, forward and backward."""
+    x, dy = (np.ascontiguousarray(np.moveaxis(normal((4, 5, 6, 7), seed=i), 1, axis)) for i in (0, 1))
+    weight, bias = normal((5,), seed=2), normal((5,), seed=3)
+    running = {"running_mean": normal((5,), seed=4), "running_var": 1 + normal((5,), seed=5) ** 2}
+    given = dict(running if not training else {}, training=training)
+    batch = fn.batch_norm_forward(x, weight, bias, **given, axis=axis)
+    same = [
+        (fn.instance_norm_forward(x, weight, bias, axis=axis), fn.instance_norm_backward, {}),
+        (fn.group_norm_forward(x, 1, weight, bias, axis=axis), fn.group_norm_backward, {}),
+        (batch, fn.batch_norm_backward, {"training": training}),
+    ]
+    for j, (forward, backward, options) in enumerate(same):
+        logits = np.full(3, -1e4)
+        logits[j] = 0
+        y, *saved = fn.switchable_norm_forward(x, logits, logits, weight, bias, **given, axis=axis)
+        np.testing.assert_allclose(y, forward[0], rtol=0, atol=1e-5)
+        got = fn.switchable_norm_backward(dy, x, *saved, logits, logits, weight, bias, training=training, axis=axis)
+        expected = backward(dy, x, *forward[1:], weight, bias, axis=axis, **options)
+        for one, other in zip(got[:3], expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(got[3:], 0)
+
+
+def test_switchable_norm_by_differences() -> None:
+    """Of every argument, in float64, without the reference."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((3, 4, 2, 3)), rng.standard_normal((3, 4, 2, 3))
+    arguments = [x, *(rng.standard_normal(n) for n in (3, 3, 4, 4))]
+    _, *saved = fn.switchable_norm_forward(*arguments)
+    gradients = fn.switchable_norm_backward(dy, x, *saved, *arguments[1:])
+    ordered = [gradients[0], *gradients[3:], *gradients[1:3]]
+    for argument, gradient in zip(arguments, ordered, strict=True):
+        for at in np.ndindex(argument.shape):
+            kept, h = argument[at], 1e-6
+            values = []
+            for argument[at] in (kept + h, kept - h):
+                values.append(np.sum(fn.switchable_norm_forward(*arguments)[0] * dy))
+            argument[at] = kept
+            np.testing.assert_allclose(gradient[at], (values[0] - values[1]) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
+def test_what_switchable_norm_writes() -> None:
+    """In evaluation nothing; else the batch's part."""
+    running = np.zeros(4, np.float32), np.ones(4, np.float32)
+    logits = np.ones(3, np.float32)
+    x = normal((3, 4, 5))
+    fn.switchable_norm(x, logits, logits, *running)
+    np.testing.assert_array_equal(running, (np.zeros(4), np.ones(4)))
+    fn.switchable_norm(x, logits, logits, *running, training=True, momentum=0.25)
+    expected = np.zeros(4, np.float32), np.ones(4, np.float32)
+    fn.batch_norm(x, *expected, training=True, momentum=0.25)
+    for one, other in zip(running, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
 # Weight norm's own.
 
 
@@ -300,6 +373,9 @@ def test_directions_of_length_zero_are_nan_alone() -> None:
 X = normal((2, 6, 3))
 V, G = normal((4, 5)), normal((4, 1))
 RUNNING = np.zeros(6, np.float32), np.ones(6, np.float32)
+L = normal((3,))
+READ_ONLY = np.ones(6, np.float32)
+READ_ONLY.flags.writeable = False
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "divisible": (lambda: fn.group_norm(X, 4), ValueError, r"num_channels \(6\) must be divisible by num_groups \(4\)"),
     "no groups": (lambda: fn.group_norm(X, 0), ValueError, "num groups to be greater than 0, got 0"),
@@ -347,11 +423,83 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "dy must have x's shape",
     ),
+    "logits": (
+        lambda: fn.switchable_norm(X, L[:2], L, training=True),
+        ValueError,
+        "mean_logits should contain 3 elements",
+    ),
+    "logits dtype": (
+        lambda: fn.switchable_norm(X, L, np.ones(3, int), training=True),
+        TypeError,
+        "var_logits has dtype",
+    ),
+    "logits list": (
+        lambda: fn.switchable_norm(X, [1.0] * 3, L, training=True),
+        TypeError,
+        "mean_logits must be a NumPy",
+    ),
+    "one value": (
+        lambda: fn.switchable_norm(X[:1, :, :1], L, L, training=True),
+        ValueError,
+        "more than 1 value per channel",
+    ),
+    "evaluation": (lambda: fn.switchable_norm(X, L, L), ValueError, "to be defined when training=False"),
+    "one running": (lambda: fn.switchable_norm(X, L, L, RUNNING[0], training=True), ValueError, "go together"),
+    "running sizes": (
+        lambda: fn.switchable_norm(X, L, L, RUNNING[0][:5], RUNNING[1], training=True),
+        ValueError,
+        "running_mean should contain 6 elements not 5",
+    ),
+    "running dtype": (
+        lambda: fn.switchable_norm(X, L, L, np.zeros(6, int), RUNNING[1], training=True),
+        TypeError,
+        "running_mean has dtype",
+    ),
+    "running alike": (
+        lambda: fn.switchable_norm(X, L, L, RUNNING[0], RUNNING[0], training=True),
+        ValueError,
+        "shares memory",
+    ),
+    "running is the bias": (
+        lambda: fn.switchable_norm(X, L, L, *RUNNING, bias=RUNNING[1], training=True),
+        ValueError,
+        "running_var shares memory",
+    ),
+    "running read-only": (
+        lambda: fn.switchable_norm(X, L, L, RUNNING[0], READ_ONLY, training=True),
+        ValueError,
+        "running_var is read-only",
+    ),
+    "switchable weight": (
+        lambda: fn.switchable_norm(X, L, L, *RUNNING, normal((5,)), training=True),
+        ValueError,
+        "should contain 6 elements not 5",
+    ),
+    "switchable out": (
+        lambda: fn.switchable_norm(BIG[:2], L, L, *RUNNING, training=True, out=BIG[1:]),
+        ValueError,
+        "overlaps",
+    ),
+    "switchable momentum": (
+        lambda: fn.switchable_norm(X, L, L, *RUNNING, training=True, momentum=None),
+        TypeError,
+        "momentum must be a number",
+    ),
+    "means": (
+        lambda: fn.switchable_norm_backward(X, X, np.zeros((2, 6)), np.ones((3, 2, 6)), np.ones((2, 6)), L, L),
+        ValueError,
+        r"means must have shape \(3, 2, 6\), got \(2, 6\)",
+    ),
     "g": (lambda: fn.weight_norm(V, G[:3]), ValueError, r"g must have shape \(4, 1\), got \(3, 1\)"),
     "g of all": (lambda: fn.weight_norm(V, G, None), ValueError, r"g must have shape \(\)"),
     "dim": (lambda: fn.weight_norm(V, G, 2), np.exceptions.AxisError, "out of bounds"),
     "v": (lambda: fn.weight_norm(np.ones((4, 5), int), G), TypeError, "v has dtype int64"),
     "g dtype": (lambda: fn.weight_norm(V, np.ones((4, 1), int)), TypeError, "g has dtype int64"),
+    "dw": (
+        lambda: fn.weight_norm_backward(V[:2], V, G, G),
+        ValueError,
+        r"dw must have v's shape \(4, 5\), got \(2, 5\)",
+    ),
     "norm": (
         lambda: fn.weight_norm_backward(V, V, G, np.ones(4)),
         ValueError,
@@ -370,7 +518,7 @@ BIG = normal((3, 6, 3))
 
 @pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS)
 def test_errors_touch_nothing(call: Any, error: type[Exception], message: str) -> None:
-    watched = X, V, G, BIG, *RUNNING
+    watched = X, V, G, BIG, L, *RUNNING
     before = [a.copy() for a in watched]
     with pytest.raises(error, match=message):
         call()
@@ -450,6 +598,37 @@ def test_group_norm_layer() -> None:
     assert layer.backward(dy, out=out) is out
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_switchable_norm_layer(axis: int) -> None:
+    x, dy = (np.moveaxis(normal((4, 5, 6, 3), seed=i), 1, axis).copy() for i in (0, 1))
+    layer = fn.SwitchableNorm(5, momentum=None, axis=axis)
+    np.testing.assert_array_equal((layer.mean_logits, layer.var_logits), 1)
+    layer.weight, layer.bias, layer.mean_logits, layer.var_logits = (normal((n,), seed=n) for n in (5, 5, 3, 3))
+    layer.var_logits[0] += 1
+    running = np.zeros(5), np.ones(5)
+    parameters = layer.mean_logits, layer.var_logits, layer.weight, layer.bias
+    for i in range(3):
+        y, *saved = reference.switchable_norm_forward(
+            x + i, *parameters, running_mean=running[0], running_var=running[1], momentum=1 / (i + 1), axis=axis
+        )
+        np.testing.assert_allclose(layer((x + i).astype(np.float32)), y, rtol=0, atol=1e-5)
+    assert layer.num_batches_tracked == 3
+    np.testing.assert_allclose(layer.running_mean, running[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(layer.running_var, running[1], rtol=1e-5)
+    gradients = reference.switchable_norm_backward(dy, (x + 2).astype(np.float32), *saved, *parameters, axis=axis)
+    mine = layer.backward(dy), layer.weight_grad, layer.bias_grad, layer.mean_logits_grad, layer.var_logits_grad
+    for ours, theirs in zip(mine, gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)
+    want = reference.switchable_norm(x, *parameters[:2], *running, *parameters[2:], axis=axis)
+    np.testing.assert_allclose(layer.eval()(x), want, rtol=0, atol=1e-5)
+    assert layer.num_batches_tracked == 3
+    own = fn.SwitchableNorm(5, affine=False, track_running_stats=False, axis=axis).eval()
+    np.testing.assert_array_equal(own(x), own.train()(x))
+    own.backward(dy)
+    assert own.weight_grad is None
+    assert own.mean_logits_grad is not None
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1, None])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_weight_norm_layer(dim: int | None, dtype: str) -> None:
@@ -490,6 +669,11 @@ def test_weight_norm_layer(dim: int | None, dtype: str) -> None:
         ),
         (fn.GroupNorm(3, 3), ["weight", "bias"]),
         (fn.GroupNorm(1, 3, affine=False), []),
+        (
+            fn.SwitchableNorm(3),
+            ["weight", "bias", "running_mean", "running_var", "mean_logits", "var_logits", "num_batches_tracked"],
+        ),
+        (fn.SwitchableNorm(3, affine=False, track_running_stats=False), ["mean_logits", "var_logits"]),
         (fn.WeightNorm(normal((4, 3))), ["weight_g", "weight_v"]),
     ],
     ids=repr,

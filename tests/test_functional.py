@@ -968,6 +968,21 @@ def test_the_variance_of_lopsided_data(shape: tuple[int, ...], axis: int, isa: s
         np.testing.assert_allclose(variance, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sigma", [1e-20, 1e-24, 1e-30])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [*LONG, ((1000, 7), 1), ((1000, 64), 1), ((5000, 3), 1), ((64, 500), 0), ((999, 49), 0)]
+)
+def test_the_variance_of_tiny_numbers(shape: tuple[int, ...], axis: int, sigma: float, isa: str) -> None:
+    """Whose squares are no float32; among them sums of deviations that are 0 by chance. A constant stays one."""
+    x = (np.random.default_rng(0).standard_normal(shape) * sigma).astype(np.float32)
+    np.moveaxis(x, axis, 0)[1] = sigma
+    reduced = tuple(a for a in range(len(shape)) if a != axis)
+    _, variance = fn.moments(x, reduced)
+    _, want = reference.moments(x, reduced)
+    np.testing.assert_allclose(variance, want, rtol=1e-6, atol=0)
+    assert variance[1] == 0
+
+
 @pytest.mark.parametrize(("shape", "axis"), LONG)
 def test_parameter_gradients_of_a_mean(shape: tuple[int, ...], axis: int, isa: str) -> None:
     """dy is one number where the loss is a mean: the worst addends, for they all round alike."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import fusednorm as fn
@@ -98,6 +100,55 @@ def test_anything_against_the_reference(
         dy, x, mean, rstd, inputs.weight, inputs.bias, out=out, **options
     )
     got = Outputs(y, mean, rstd, dx, dweight, dbias, rest[0] if rest else None, *running)
+    wrong = [deviation for deviation in cases.compare(case, inputs, expected, got) if not deviation.ok]
+    assert not wrong
+    assert np.array_equal(x, inputs.x)
+    assert np.array_equal(dy, inputs.dy)
+
+
+@st.composite
+def drawn_members(draw: Any) -> Case:
+    """Instance, group, switchable, layer, RMS and weight norm."""
+    norm = draw(st.sampled_from(["instance", "group", "switchable", "layer", "rms", "weight"]))
+    shape, axis = draw(shapes())
+    samples, channels = shape[1 if axis % len(shape) == 0 else 0], shape[axis]
+    positions = int(np.prod(shape)) // samples // channels
+    training = norm not in ("instance", "switchable") or draw(st.booleans())
+    assume(not training or norm != "instance" or positions > 1)
+    assume(not training or norm != "switchable" or samples * positions > 1)
+    dtype, param_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    far = {"float32": [0.0, 1e2, 3e4], "float64": [0.0, 1e2, 1e6]}.get(dtype, [0.0, 3.0])
+    return Case(
+        "drawn",
+        shape,
+        norm=norm,
+        axis=axis,
+        normalized=draw(st.integers(1, len(shape) - 1)) if norm in ("layer", "rms") else 1,
+        groups=draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0])),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        affine=norm == "weight" or draw(st.booleans()),
+        training=training,
+        running=norm in ("instance", "switchable") and (not training or draw(st.booleans())),
+        mask=norm in ("instance", "group") and draw(st.booleans()),
+        eps=0.0 if norm == "weight" else draw(st.sampled_from([1e-5, 1e-3])),
+        offset=draw(st.sampled_from([offset for offset in far if param_dtype != "float16" or offset < 1e2])),
+    )
+
+
+@given(case=drawn_members(), lay_x=layouts, lay_dy=layouts, lay_out=st.one_of(st.none(), layouts))
+def test_any_norm_against_the_reference(case: Case, lay_x: str, lay_dy: str, lay_out: str | None) -> None:
+    inputs = cases.make(case)
+    expected = cases.expected(case, inputs)
+    x, dy = LAYOUTS[lay_x](inputs.x), LAYOUTS[lay_dy](inputs.dy)
+    running = {name: getattr(inputs, name) for name in ("running_mean", "running_var")}
+    running = {name: None if a is None else a.copy() for name, a in running.items()}
+    laid_out = SimpleNamespace()
+    for name in (f"{case.norm}_norm_forward", f"{case.norm}_norm_backward"):
+        out = {} if lay_out is None else {"out": LAYOUTS[lay_out](np.zeros_like(inputs.x))}
+        setattr(laid_out, name, partial(getattr(fn, name), **out))
+    given = {id(inputs.x): x, id(inputs.dy): dy, **{id(getattr(inputs, name)): a for name, a in running.items()}}
+    got = cases.run(case, inputs, laid_out, to_device=lambda a: given.get(id(a), a), to_host=np.array)
     wrong = [deviation for deviation in cases.compare(case, inputs, expected, got) if not deviation.ok]
     assert not wrong
     assert np.array_equal(x, inputs.x)

@@ -169,7 +169,7 @@ class Vector {
   Array array_;
 };
 
-// The mean need not be there where it is taken as 0 (RMS norm); CUDA's verbs have no such norm.
+// The mean need not be there: it is taken as 0 then (RMS norm).
 double* statistics(py::handle h, const char* name, int64_t size, bool written, const Array& x, bool needed = true) {
   if (h.is_none() && needed) throw py::value_error(std::string(name) + " must be given");
   if (h.is_none()) return nullptr;
@@ -206,10 +206,8 @@ EpilogueArgs epilogue(int activation, double slope, const Array& residual) {
 }
 
 // The folds whose loops exist.
-void expect_loops(const Fold& f, const Array& x) {
+void expect_loops(const Fold& f) {
   expect(f.span == 0 || f.inner % f.span == 0, "no kernel takes a fold whose statistics share a channel");
-  if (x.device != kCpu && f.share() != 1)
-    type_error("x is on " + shown_device(x.device) + ", and statistics of several channels are the CPU's only");
 }
 
 // The backend of x's device, and what its verbs need besides their arguments: `stream`, a cudaStream_t, and `scratch`,
@@ -242,7 +240,7 @@ void call(const Array& x, Verb Backend::* verb, const Args& args) {
 void moments(const Fold& f, py::handle x, py::handle mask, bool center, py::handle count, py::handle mean,
              py::handle m2, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in);
+  expect_loops(f);
   const int64_t s = f.statistics();
   call(in, &Backend::moments,
        MomentsArgs{f, in, mask_of(mask, f, in), center, statistics(count, "count", s, true, in),
@@ -266,11 +264,11 @@ void merge(int64_t before, int64_t axis, int64_t after, py::handle count, py::ha
 void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py::handle weight, py::handle bias,
                py::handle residual, int activation, double slope, py::handle y, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in);
+  expect_loops(f);
   const Vector w(weight, "weight", f.channels(), in), b(bias, "bias", f.channels(), in);
   const int64_t s = f.statistics();
   call(in, &Backend::normalize,
-       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in, in.device != kCpu),
+       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in, false),
                      statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                      tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
@@ -281,7 +279,7 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
              py::handle rstd, bool training, double momentum, int64_t counted, bool averaged, double eps,
              int activation, double slope, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in);
+  expect_loops(f);
   const int64_t c = f.channels(), s = f.statistics();
   expect(c == f.groups || running_mean.is_none(), "running statistics go with one channel per group");
   const Vector rm(running_mean, "running_mean", c, in, training), rv(running_var, "running_var", c, in, training);
@@ -297,7 +295,7 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
     expect_apart(rv, "running_var", w, "weight");
     expect_apart(rv, "running_var", b, "bias");
   }
-  double *m = statistics(mean, "mean", s, true, in, in.device != kCpu), *r = statistics(rstd, "rstd", s, true, in);
+  double *m = statistics(mean, "mean", s, true, in, false), *r = statistics(rstd, "rstd", s, true, in);
   call(in, &Backend::forward,
        ForwardArgs{
            f, in, w.array(), b.array(), epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
@@ -314,11 +312,11 @@ void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::h
               py::handle dx, py::handle dresidual, py::handle dweight, py::handle dbias, uintptr_t stream,
               py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in);
+  expect_loops(f);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
-  const double *m = statistics(mean, "mean", s, false, in, in.device != kCpu),
+  const double *m = statistics(mean, "mean", s, false, in, false),
                *r = statistics(rstd, "rstd", s, false, in);
   expect(dw.array() && db.array(), "dweight and dbias must be given");
   call(in, &Backend::backward,
@@ -335,13 +333,13 @@ void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::
                py::handle bias, py::handle residual, int activation, double slope, py::handle s1, py::handle s2,
                py::handle dweight, py::handle dbias, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in);
+  expect_loops(f);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
   call(in, &Backend::grad_sums,
        GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in,
-                    statistics(mean, "mean", s, false, in, in.device != kCpu), statistics(rstd, "rstd", s, false, in),
+                    statistics(mean, "mean", s, false, in, false), statistics(rstd, "rstd", s, false, in),
                     w.array(), b.array(),
                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                     statistics(s1, "s1", s, true, in), statistics(s2, "s2", s, true, in), dw.array(), db.array(),
@@ -354,12 +352,12 @@ void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py:
                 py::handle bias, py::handle residual, int activation, double slope, py::handle cx, py::handle c0,
                 py::handle mask, py::handle dx, py::handle dresidual, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
-  expect_loops(f, in);
+  expect_loops(f);
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   call(in, &Backend::grad_input,
        GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in,
-                     statistics(mean, "mean", s, false, in, in.device != kCpu), statistics(rstd, "rstd", s, false, in),
+                     statistics(mean, "mean", s, false, in, false), statistics(rstd, "rstd", s, false, in),
                      w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                      statistics(cx, "cx", s, false, in, false), statistics(c0, "c0", s, false, in, false),

@@ -75,7 +75,7 @@ struct MomentsArgs {
 struct NormalizeArgs {
   Fold fold;
   Array x;
-  const double *mean, *rstd;  // on the CPU the mean may be missing, here and below: it is 0
+  const double *mean, *rstd;  // the mean may be missing, here and below: it is 0
   Array weight, bias;
   EpilogueArgs epilogue;
   Array y;
@@ -90,7 +90,7 @@ struct ForwardArgs {
   double eps;
   bool training = true;  // false: the running statistics are the statistics, and stay as they are
   RunningArgs running;
-  double *mean, *rstd;  // out; no mean, on the CPU: it is taken as 0 (RMS norm)
+  double *mean, *rstd;  // out; no mean: it is taken as 0 (RMS norm)
   Array y;              // out
   Queue queue = {};
 };

@@ -40,14 +40,6 @@ FN_INLINE F narrow(const D* wide, F) {
   memcpy(&v, half, sizeof v);
   return v;
 }
-template <class Mask>
-FN_INLINE bool any(Mask m) {
-  int64_t word[sizeof m / 8], found = 0;
-  memcpy(word, &m, sizeof m);
-  for (int64_t w : word) found |= w;
-  return found != 0;
-}
-
 // A rectangle of one panel's width or less.
 struct Block {
   int64_t offset, rows, columns, stride;  // elements
@@ -162,6 +154,39 @@ template <class T>
     }
 }
 
+// Sums of nothing, though not all numbers are the pivot: their squares underflowed, and are marked with NaN as out of
+// range. Beside a pivot above 1e-12 no float's distance squared does.
+template <class T>
+FN_INLINE void mark_underflow(const T* base, const Block& block, const PanelSums<T>& pivot, const PanelSums<T>& sum,
+                              PanelSums<T>& squares, MaskOf<Real<T>>& suspect) {
+  using R = Real<T>;
+  if constexpr (sizeof(R) == 4) {
+    constexpr int parts = Pack<T>::parts;
+    MaskOf<R> nothing[kPanelVectors<T>] = {}, some{};
+    across<T>(block.columns, [&](int64_t, int64_t index, auto there) FN_LAMBDA {
+      for (int part = 0; part < parts; ++part) {
+        const int64_t i = index * parts + part;
+        const auto p = pivot.v[i];
+        nothing[i] = (sum.v[i] == 0) & (squares.v[i] == 0) & (p < 1e-12f) & (p > -1e-12f);
+        nothing[i] &= live<T>(Vector<R>{} + 1, part, there) != 0;
+        some |= nothing[i];
+      }
+    });
+    if (!any(some)) return;
+    MaskOf<R> differs[kPanelVectors<T>] = {};
+    down<T, 1>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto) FN_LAMBDA {
+      const Lanes<T> v = load(base + r * block.stride + j, there);
+      for (int part = 0; part < parts; ++part)
+        differs[index * parts + part] |= v.v[part] != pivot.v[index * parts + part];
+    });
+    for (int i = 0; i < kPanelVectors<T>; ++i) {
+      const MaskOf<R> underflown = nothing[i] & differs[i];
+      suspect |= underflown;
+      squares.v[i] = Math::select(underflown, Vector<R>{} + __builtin_nanf(""), squares.v[i]);
+    }
+  }
+}
+
 // `ahead`: elements to what is read next.
 template <class T>
 [[gnu::noinline]] void add_chunk(const T* x, const Block& block, bool center, int64_t ahead, PanelMoments<T>& tile) {
@@ -206,6 +231,7 @@ template <class T>
     else
       suspect |= ~((q > 1e-28f) & (q < 1e38f)) & ~((s == 0) & (q == 0));
   }
+  mark_underflow(base, block, pivot, sum, squares, suspect);
   const bool mend = any(suspect);
   PanelMoments<T> before;
   if (mend) before = tile;

@@ -121,25 +121,26 @@ void forward_lines(const ForwardPass& pass, double* mean, double* rstd) {
     weight.set(pass.weight, f.channels(), 1);
     bias.set(pass.bias, f.channels(), 0);
   }
-  const auto statistics = [&](int64_t s) {
-    const T* line = x + s * f.inner;
-    Moments m;
-    if (f.inner <= kChunk) {
-      add_chunk(line, Runs{0, 0, 1, f.inner}, pass.center, f.inner, m);
-      return m;
-    }
-    sum_block(tree, 1, f.inner, &m, [&](int64_t, const Runs& r, int64_t ahead, Moments& more) {
-      add_chunk(line, r, pass.center, ahead, more);
+  const int64_t at_once = f.inner <= kLongSlab<T> ? kLanes<Real<T>> : 1;
+  const auto statistics = [&](int64_t s, int64_t count, Moments* m) {
+    if (f.inner <= kLongSlab<T>) return short_moments(x + s * f.inner, count, f.inner, pass.center, m);
+    sum_block(tree, 1, f.inner, m, [&](int64_t, const Runs& r, int64_t ahead, Moments& more) {
+      add_chunk(x + s * f.inner, r, pass.center, ahead, more);
     });
-    return m;
   };
   parallel(threads_for(f.size(), tasks), [&](const Team& team) {
     team.each(tasks, [&](int64_t i) {
-      for (int64_t s = i * each, end = s + each < lines ? s + each : lines; s < end; ++s) {
+      Moments found[kLanes<Real<T>>];
+      for (int64_t s = i * each, end = s + each < lines ? s + each : lines, first = s, known = s; s < end; ++s) {
         const int64_t at = s * f.inner, channel = s % f.groups * f.inner;
         double own_mean = 0, own_rstd = 0;
         if (pass.takes_statistics()) {
-          const Moments m = statistics(s);
+          if (s == known) {
+            first = s;
+            known = s + at_once < end ? s + at_once : end;
+            statistics(first, known - first, found);
+          }
+          const Moments& m = found[s - first];
           if (pass.found) pass.found[s] = m;
           own_mean = m.mean;
           own_rstd = 1 / __builtin_sqrt(m.m2 / m.n + pass.eps);

@@ -97,6 +97,10 @@ template <class T>
 constexpr int kSlots = 4 / Pack<T>::parts;
 template <class T>
 constexpr int64_t kLongRun = 16 * Pack<T>::width;
+// Up to this, slabs that are one run are swept side by side (below): a lane of one of two registers adds 64 numbers at
+// most.
+template <class T>
+constexpr int64_t kLongSlab = 64 * Pack<T>::width;
 
 template <class T, int kOwnSlots = kSlots<T>>
 struct Accumulators {
@@ -153,6 +157,18 @@ FN_INLINE Deviations deviations(const T* x, const Runs& r, Real<T> hi, int64_t a
                                           : deviations_in<kSlots<T>>(x, r, hi, ahead);
 }
 
+// Whether deviations whose sums are nothing are so because they underflowed.
+template <class T>
+FN_INLINE bool underflown(const T* x, const Runs& r, Real<T> hi, const Deviations& d) {
+  if (sizeof(Real<T>) == 8 || d.sum != 0 || d.squares != 0) return false;
+  MaskOf<Real<T>> differs{};
+  sweep<T, 1>(r, [&](int64_t i, int, auto there) FN_LAMBDA {
+    const Lanes<T> v = load(x + i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p) differs |= live<T>(v.v[p] - hi, p, there) != 0;
+  });
+  return any(differs);
+}
+
 template <class T>
 FN_INLINE Real<T> mean_of_first_pack(const T* x, const Runs& r) {
   constexpr int64_t width = Pack<T>::width;
@@ -176,13 +192,13 @@ FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, 
       hi = R(double(hi) + d.sum / k);
       d = deviations(x, r, hi, ahead);
     }
-    if (out_of_range<T>(d.sum, d.squares)) return m.merge(chunk_moments_wide(x, r, center));
+    if (out_of_range<T>(d.sum, d.squares) || underflown(x, r, hi, d)) return m.merge(chunk_moments_wide(x, r, center));
     const double m2 = d.squares - d.sum * d.sum / k;
     return m.merge({k, double(hi) + d.sum / k, m2 < 0 ? 0 : m2});
   }
   const R hi = R(m.mean);
   const Deviations d = deviations(x, r, hi, ahead);
-  if (out_of_range<T>(d.sum, d.squares)) return m.merge(chunk_moments_wide(x, r, center));
+  if (out_of_range<T>(d.sum, d.squares) || underflown(x, r, hi, d)) return m.merge(chunk_moments_wide(x, r, center));
   if (center) return m.add(k, double(hi), d.sum, d.squares);
   m.n += k;
   m.m2 += d.squares;
@@ -213,14 +229,23 @@ FN_INLINE void add_grad_chunk(const E& e, const T* dy, const T* x, const Runs& r
                                   : add_grad_chunk_in<kSlots<T>>(e, dy, x, r, own, ahead, sums);
 }
 
-// Sums over short runs that follow each other in memory, each a slab of its own. A register of them at once: what it
-// takes to add up lanes, and to end a sweep and begin the next, would be most of the time.
+// Sums over short slabs, each one run, that follow each other in memory. A register of them at once: what it takes to add
+// up lanes would be most of the time.
+// step(index, which of two registers a part, Whole or Part).
 template <class T, class Step>
 FN_INLINE void sweep_short(int64_t start, int64_t length, Step&& step) {
   constexpr int64_t width = Pack<T>::width;
+  const int64_t end = start + length;
   int64_t i = start;
-  for (; i + width <= start + length; i += width) step(i, Whole{});
-  if (i < start + length) step(i, Part{int(start + length - i)});
+  for (; i + 2 * width <= end; i += 2 * width) {
+    step(i, 0, Whole{});
+    step(i + width, 1, Whole{});
+  }
+  if (i + width <= end) {
+    step(i, 0, Whole{});
+    i += width;
+  }
+  if (i < end) step(i, 1, Part{int(end - i)});
 }
 
 template <class T>
@@ -237,7 +262,7 @@ template <class T>
     if (center) {
       const int64_t width = Pack<T>::width < length ? Pack<T>::width : length;
       for (int slab = 0; slab < some; ++slab)
-        sweep_short<T>(slab * length, width, [&](int64_t i, auto there) FN_LAMBDA {
+        sweep_short<T>(slab * length, width, [&](int64_t i, int, auto there) FN_LAMBDA {
           const Lanes<T> v = load(first + i, there);
           for (int p = 0; p < Pack<T>::parts; ++p) sum[slab] += v.v[p];
         });
@@ -245,26 +270,27 @@ template <class T>
       memcpy(hi, &means, sizeof hi);
     }
     for (int slab = 0; slab < some; ++slab) {
-      V s{}, q{};
-      sweep_short<T>(slab * length, length, [&](int64_t i, auto there) FN_LAMBDA {
+      V s[2] = {}, q[2] = {};
+      sweep_short<T>(slab * length, length, [&](int64_t i, int slot, auto there) FN_LAMBDA {
         prefetch(first + i + kAheadBytes / int64_t(sizeof(T)));
         const Lanes<T> v = load(first + i, there);
         for (int p = 0; p < Pack<T>::parts; ++p) {
           const V d = live<T>(v.v[p] - hi[slab], p, there);
-          s += d;
-          q = fma(d, d, q);
+          s[slot] += d;
+          q[slot] = fma(d, d, q[slot]);
         }
       });
-      sum[slab] = s;
-      squares[slab] = q;
+      sum[slab] = s[0] + s[1];
+      squares[slab] = q[0] + q[1];
     }
     const V all = sums_of_lanes(sum), all_squares = sums_of_lanes(squares);
     for (int slab = 0; slab < some; ++slab) {
       const double s = double(all[slab]), q = double(all_squares[slab]);
       Moments& m = found[from + slab];
       m = Moments();
-      if (out_of_range<T>(s, q) || (center && !(s * s <= 0.5 * k * q))) {
-        add_chunk(first, Runs{slab * length, 0, 1, length}, center, 0, m);
+      const Runs run{slab * length, 0, 1, length};
+      if (out_of_range<T>(s, q) || (center && !(s * s <= 0.5 * k * q)) || underflown(first, run, hi[slab], {s, q})) {
+        add_chunk(first, run, center, 0, m);
         continue;
       }
       const double m2 = center ? q - s * s / k : q;
@@ -283,19 +309,19 @@ template <class E, class T>
     V sum[lanes] = {}, product[lanes] = {};
     for (int slab = 0; slab < some; ++slab) {
       const PackGrad<T> g = all_lanes<PackGrad<T>>(own[from + slab]);
-      V s{}, q{};
-      sweep_short<T>((from + slab) * length, length, [&](int64_t i, auto there) FN_LAMBDA {
+      V s[2] = {}, q[2] = {};
+      sweep_short<T>((from + slab) * length, length, [&](int64_t i, int slot, auto there) FN_LAMBDA {
         prefetch(x + i + kAheadBytes / int64_t(sizeof(T)));
         prefetch(dy + i + kAheadBytes / int64_t(sizeof(T)));
         const GradPack<T> at = load_grad_pack(e, dy, x, i, g, there);
         for (int p = 0; p < Pack<T>::parts; ++p) {
           const V u = live<T>(at.u.v[p], p, there);
-          s += u;
-          q = fma(u, at.z.v[p], q);
+          s[slot] += u;
+          q[slot] = fma(u, at.z.v[p], q[slot]);
         }
       });
-      sum[slab] = s;
-      product[slab] = q;
+      sum[slab] = s[0] + s[1];
+      product[slab] = q[0] + q[1];
     }
     const V all = sums_of_lanes(sum), all_products = sums_of_lanes(product);
     for (int slab = 0; slab < some; ++slab) found[from + slab] = {double(all[slab]), double(all_products[slab])};
@@ -559,7 +585,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
   const RowPlan plan(f, 1, sizeof(T), 1, bool(pass.y));
-  const bool brief = f.outer == 1 && f.inner < kLongRun<T> && !pass.mask;
+  const bool brief = f.outer == 1 && f.inner <= kLongSlab<T> && !pass.mask;
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
 
@@ -636,7 +662,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner, share = pass.share;
   const RowPlan plan(f, share, sizeof(T), 2, bool(pass.dx));
-  const bool brief = f.outer == 1 && f.inner < kLongRun<T>;
+  const bool brief = f.outer == 1 && f.inner <= kLongSlab<T>;
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 

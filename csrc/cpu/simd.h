@@ -135,6 +135,14 @@ struct Math {
   }
 };
 
+template <class Mask>
+FN_INLINE bool any(Mask m) {
+  int64_t word[sizeof m / 8], found = 0;
+  memcpy(word, &m, sizeof m);
+  for (int64_t w : word) found |= w;
+  return found != 0;
+}
+
 // Sum of the lanes, a fixed tree in float64.
 FN_INLINE double sum_lanes(D v) {
   double lane[kLanes<double>];

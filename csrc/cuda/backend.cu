@@ -11,6 +11,7 @@ namespace fusednorm::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
+constexpr int kEach = 128;  // threads of a block that does what comes after the passes
 
 void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
@@ -59,7 +60,8 @@ const Device& device(int ordinal) {
   return devices[ordinal];
 }
 
-cudaLaunchConfig_t config_of(const Plan& plan, const Queue& queue, cudaLaunchAttribute* attribute) {
+template <class P>
+cudaLaunchConfig_t config_of(const P& plan, const Queue& queue, cudaLaunchAttribute* attribute) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(uint32_t(plan.blocks()));
   config.blockDim = dim3(uint32_t(plan.threads));
@@ -79,8 +81,8 @@ cudaLaunchConfig_t config_of(const Plan& plan, const Queue& queue, cudaLaunchAtt
 }
 
 // What a kernel may use, of the current device. Asked once: the largest cluster is what fits beside other programs, too.
-template <class Pass>
-Device limits(Kernel<Pass> kernel, std::atomic<int>& largest_cluster, const Device& d, int resident) {
+template <class Pass, class J>
+Device limits(void (*kernel)(const Pass, const J), std::atomic<int>& largest_cluster, const Device& d, int resident) {
   Device own = d;
   own.threads = d.threads < resident ? d.threads : resident;
   if (largest_cluster == 0) {
@@ -152,6 +154,196 @@ void run(const Pass& pass, const Kernel<Pass> (&kernels)[2][2], const Queue& que
   check(error, "launching a kernel");
 }
 
+// What is done after the passes, a thread for each number.
+template <class... Parameters, class... Arguments>
+void launch_each(int64_t numbers, const Queue& queue, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (numbers == 0) return;
+  const Current current(queue.device);
+  Plan plan;
+  plan.threads = kEach;
+  plan.teams = int((numbers + plan.threads - 1) / plan.threads);
+  cudaLaunchAttribute none;
+  const cudaLaunchConfig_t config = config_of(plan, queue, &none);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
+}
+
+// Lines. In scratch memory: the teams' sums of channels [teams][2][C], then, of lines that are cut among blocks that do
+// not meet, their sums [S][pieces] and s1 and s2 [S].
+struct LineScratch {
+  int64_t sums_at = 0, corrections_at = 0, bytes = 0;
+};
+template <class T>
+LineScratch line_scratch(const Fold& f, const Device& d) {
+  const auto pieces = [&](auto pass) {
+    pass.fold = f;
+    Device own = d;
+    own.threads = d.threads < pass.kLineThreads ? d.threads : pass.kLineThreads;
+    own.max_cluster = 1;  // or refused
+    const LinePlan plan = plan_of_lines<T>(pass, own);
+    return int64_t(plan.team == Team::launches ? plan.size : 0);
+  };
+  ForwardPass forward{};
+  forward.y.data = &forward;
+  BackwardPass backward{};
+  backward.dx.data = &backward;
+  backward.sums = true;
+  const int64_t held = int64_t(d.sms) * BackwardPass::kLineThreads * kLineElements, channels = f.channels(),
+                columns = channels > held ? channels : f.size() < held ? f.size() : held;
+  const int64_t one = pieces(forward), other = pieces(backward), most = one > other ? one : other;
+  LineScratch at;
+  at.sums_at = columns * 2 * int64_t(sizeof(double));
+  at.corrections_at = at.sums_at + f.statistics() * most * kSumsBytes;
+  at.bytes = at.corrections_at + (most > 0 ? f.statistics() * 2 * int64_t(sizeof(double)) : 0);
+  return at;
+}
+
+// Of a line that is cut, or of a statistic's cells, by all threads of a block.
+__device__ Sums<double> line_sums(const Sums<double>* sums, int64_t line, int size) {
+  __shared__ Sums<double> all[kEach];
+  Sums<double> own = Sums<double>::none();
+  for (int i = int(threadIdx.x); i < size; i += kEach) own.merge(sums[line * size + i]);
+  for (uint32_t o = kEach / 2; o > 0; o /= 2) {
+    all[threadIdx.x] = own;
+    __syncthreads();
+    if (threadIdx.x < o) own.merge(all[threadIdx.x + o]);
+    __syncthreads();
+  }
+  return own;
+}
+__global__ void line_moments_kernel(const ForwardPass pass, const Sums<double>* all, int size) {
+  const int64_t s = blockIdx.x;
+  const Sums<double> sums = line_sums(all, s, size);
+  if (threadIdx.x > 0) return;
+  const double unit = sums.unit();
+  if (pass.count) pass.count[s] = sums.n;
+  if (pass.mean) pass.mean[s] = pass.center ? sums.mean() : 0;
+  if (pass.m2) pass.m2[s] = sums.scaled_m2(pass.center) * unit * unit;
+  if (pass.rstd) pass.rstd[s] = sums.rstd(pass.center, pass.eps);
+}
+__global__ void line_sums_kernel(const BackwardPass pass, const Sums<double>* all, int size) {
+  const Sums<double> sums = line_sums(all, blockIdx.x, size);
+  if (threadIdx.x > 0) return;
+  pass.s1[blockIdx.x] = sums.s * sums.unit();
+  pass.s2[blockIdx.x] = sums.q * sums.unit() * sums.unit();
+}
+void merge_lines(const ForwardPass& pass, const void* sums, int size, const Queue& queue) {
+  launch_each(pass.fold.statistics() * kEach, queue, line_moments_kernel, pass, static_cast<const Sums<double>*>(sums),
+              size);
+}
+void merge_lines(const BackwardPass& pass, const void* sums, int size, const Queue& queue) {
+  if (pass.takes_line_sums())
+    launch_each(pass.fold.statistics() * kEach, queue, line_sums_kernel, pass, static_cast<const Sums<double>*>(sums),
+                size);
+}
+
+// What the sums s1, s2 of lines bring into dx, in their place: c0, cx.
+__global__ void line_corrections_kernel(int64_t lines, double n, bool center, double* s1, double* s2) {
+  const int64_t s = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (s >= lines) return;
+  s1[s] = center ? -s1[s] / n : 0;
+  s2[s] = -s2[s] / n;
+}
+
+// The teams' sums of channels, in order: 32 channels a block.
+__global__ void line_gradients_kernel(int64_t channels, int64_t teams, const Array columns, const Array dweight,
+                                      const Array dbias) {
+  constexpr int slices = kEach / int(kWarp);
+  __shared__ double all[slices][2][kWarp];
+  const int lane = int(threadIdx.x % kWarp), slice = int(threadIdx.x / kWarp);
+  const int64_t c = int64_t(blockIdx.x) * kWarp + lane;
+  double u = 0, ux = 0;
+#pragma unroll 4
+  for (int64_t team = slice; c < channels && team < teams; team += slices) {
+    u += columns.get(2 * team * channels + c);
+    ux += columns.get((2 * team + 1) * channels + c);
+  }
+  all[slice][0][lane] = u;
+  all[slice][1][lane] = ux;
+  __syncthreads();
+  if (slice > 0 || c >= channels) return;
+  for (int i = 1; i < slices; ++i) {
+    u += all[i][0][lane];
+    ux += all[i][1][lane];
+  }
+  dweight.set(c, ux);
+  dbias.set(c, u);
+}
+void add_lines(const ForwardPass&, int64_t, const Array&, const Queue&) {}
+void add_lines(const BackwardPass& pass, int64_t teams, const Array& columns, const Queue& queue) {
+  const int64_t channels = pass.fold.channels();
+  if (pass.sums)
+    launch_each((channels + kWarp - 1) / kWarp * kEach, queue, line_gradients_kernel, channels, teams, columns,
+                pass.dweight, pass.dbias);
+}
+
+void run(const ForwardPass&, const Queue&);
+void run(BackwardPass, const Queue&);
+
+// Lines that are cut: what waits for their sums is another launch.
+template <class T>
+bool in_turn(const ForwardPass& pass, const Queue& queue) {
+  if (!pass.y) return false;
+  ForwardPass first = pass, second = pass;
+  first.y = {};
+  second.given_mean = pass.mean;
+  second.given_rstd = pass.rstd;
+  second.mean = second.rstd = nullptr;
+  run(first, queue);
+  run(second, queue);
+  return true;
+}
+template <class T>
+bool in_turn(const BackwardPass& pass, const Queue& queue) {
+  if (!pass.dx || pass.known()) return false;
+  const int64_t lines = pass.fold.statistics();
+  BackwardPass first = pass, second = pass;
+  first.dx = {};
+  first.s1 = reinterpret_cast<double*>(static_cast<char*>(queue.scratch) +
+                                       line_scratch<T>(pass.fold, device(queue.device)).corrections_at);
+  first.s2 = first.s1 + lines;
+  second.c0 = first.s1;
+  second.cx = first.s2;
+  second.sums = false;
+  run(first, queue);
+  launch_each(lines, queue, line_corrections_kernel, lines, double(pass.fold.inner), bool(pass.mean), first.s1,
+              first.s2);
+  run(second, queue);
+  return true;
+}
+
+template <class T, class Pass>
+void run_lines(const Pass& pass, const Kernel<Pass, LineJob> (&kernels)[2], const Queue& queue, bool clusters = true) {
+  static std::atomic<int> largest_cluster[2][kMaxDevices];
+  const Fold& f = pass.fold;
+  char* const scratch = static_cast<char*>(queue.scratch);
+  LineJob job{};
+  job.columns = {scratch, DType::f64, queue.device};
+  if (f.statistics() > 0) {
+    const bool several = (f.inner + kWidth<T> - 1) / kWidth<T> <= kShortLine;
+    const Current current(queue.device);
+    Device d = limits(kernels[several], largest_cluster[several][queue.device], device(queue.device),
+                      Pass::kLineThreads);
+    if (!clusters) d.max_cluster = 1;
+    job.plan = plan_of_lines<T>(pass, d);
+    const bool cut = job.plan.team == Team::launches;
+    if (cut && in_turn<T>(pass, queue)) return;
+    if (cut) job.sums = scratch + line_scratch<T>(f, device(queue.device)).sums_at;
+    if (sizeof(T) < 8 && job.plan.steps <= job.plan.teams * kChunk) job.columns.dtype = DType::f32;  // one sum each
+    job.vector = f.inner % kWidth<T> == 0;
+    for (const void* p : pass.tensors()) job.vector = job.vector && reinterpret_cast<uintptr_t>(p) % kPackBytes == 0;
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = config_of(job.plan, queue, &attribute);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernels[several], pass, job);
+    if (refused(error) && clusters) {
+      cudaGetLastError();
+      return run_lines<T>(pass, kernels, queue, false);
+    }
+    check(error, "launching a kernel");
+    if (cut) merge_lines(pass, job.sums, job.plan.size, queue);
+  }
+  add_lines(pass, job.plan.teams, job.columns, queue);
+}
+
 template <class Call>
 void with_dtype(DType dtype, Call&& call) {
   switch (dtype) {
@@ -162,19 +354,75 @@ void with_dtype(DType dtype, Call&& call) {
   }
 }
 
+// Statistics of several cells. In scratch memory, behind what passes over the cells need: what is known of each cell,
+// then c0 and cx.
+int64_t pass_bytes(const Fold& f, DType dtype, int ordinal) {
+  const int widest = f.is_columns() ? 8 * kPackBytes / int(item_size(dtype)) : 1;
+  return entry_bytes(f) + int64_t(kMaxParts) * device(ordinal).sms * widest * kSumsBytes;
+}
+char* cell_scratch(const Fold& f, DType dtype, const Queue& queue) {
+  return static_cast<char*>(queue.scratch) + pass_bytes(f.cells(), dtype, queue.device);
+}
+int64_t cell_bytes(const Fold& f) {
+  return f.cells().statistics() * kSumsBytes + f.statistics() * 2 * int64_t(sizeof(double));
+}
+bool has_cells(const Fold& f) { return f.share() != 1; }
+template <class Pass>
+Pass of_cells(Pass pass) {
+  pass.share = Divisor(pass.fold.share());
+  pass.fold = pass.fold.cells();
+  return pass;
+}
+
+void run_cells(const ForwardPass& pass, const Queue& queue) {
+  ForwardPass cells = of_cells(pass);
+  if (pass.takes_statistics()) {
+    ForwardPass first = cells;
+    first.y = {};
+    first.epilogue = {};
+    first.count = first.mean = first.m2 = first.rstd = nullptr;
+    first.sums = cell_scratch(pass.fold, pass.x.dtype, queue);
+    run(first, queue);
+    merge_lines(pass, first.sums, int(pass.fold.share()), queue);
+    cells.given_mean = pass.mean;
+    cells.given_rstd = pass.rstd;
+    cells.mean = cells.rstd = nullptr;
+    cells.mask = nullptr;
+  }
+  if (pass.y) run(cells, queue);
+}
+
+// Per statistic: the cells' numbers, added in order, times `factor`.
+__global__ void cells_kernel(int64_t statistics, int64_t share, double factor, const double* a, const double* b,
+                             double* all_a, double* all_b) {
+  const int64_t s = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (s >= statistics) return;
+  double sum_a = 0, sum_b = 0;
+  for (int64_t i = s * share; i < (s + 1) * share; ++i) {
+    sum_a += a[i];
+    sum_b += b[i];
+  }
+  all_a[s] = factor * sum_a;
+  all_b[s] = factor * sum_b;
+}
+
 void run(const ForwardPass& pass, const Queue& queue) {
+  if (has_cells(pass.fold) && !pass.is_lines()) return run_cells(pass, queue);
   with_dtype(pass.x.dtype, [&](auto element) {
     using T = decltype(element);
+    if (pass.is_lines()) return run_lines<T>(pass, kernels<T>().forward_lines, queue);
     run<T>(pass, kernels<T>().forward, queue);
   });
 }
 
 void run(BackwardPass pass, const Queue& queue) {
+  if (has_cells(pass.fold) && !pass.is_lines()) return run(of_cells(pass), queue);
   // Without an activation u is dy: the residual need not be read.
   if (pass.epilogue.activation == Activation::identity) pass.epilogue.residual = Array();
   pass.n = double(pass.fold.per_statistic());
   with_dtype(pass.x.dtype, [&](auto element) {
     using T = decltype(element);
+    if (pass.is_lines()) return run_lines<T>(pass, kernels<T>().backward_lines, queue);
     run<T>(pass, kernels<T>().backward, queue);
   });
 }
@@ -214,18 +462,6 @@ __global__ void gradients_kernel(const Fold f, const double* u, const double* ux
   for (int64_t s = c; s < f.statistics(); s += f.groups) sums.merge({u[s], ux[s]});
   dweight.set(c, sums.uz);
   dbias.set(c, sums.u);
-}
-
-template <class... Parameters, class... Arguments>
-void launch_each(int64_t numbers, const Queue& queue, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  if (numbers == 0) return;
-  const Current current(queue.device);
-  Plan plan;
-  plan.threads = 128;
-  plan.teams = int((numbers + plan.threads - 1) / plan.threads);
-  cudaLaunchAttribute none;
-  const cudaLaunchConfig_t config = config_of(plan, queue, &none);
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
 }
 
 // The verbs.
@@ -268,7 +504,7 @@ void forward(const ForwardArgs& a) {
   pass.epilogue = a.epilogue;
   pass.mask = a.training ? a.mask : nullptr;
   pass.evaluation = !a.training;
-  pass.center = true;
+  pass.center = bool(a.mean);
   pass.eps = a.eps;
   pass.running = a.running;
   pass.mean = a.mean;
@@ -287,7 +523,33 @@ void forward(const ForwardArgs& a) {
 // Sums, and the parameters' gradients of them.
 void run_sums(BackwardPass pass, const Array& dweight, const Array& dbias, const Queue& queue) {
   pass.sums = true;
-  const bool after = has_entries(pass.fold);
+  if (has_cells(pass.fold) && !pass.is_lines()) {
+    const Fold& f = pass.fold;
+    const int64_t cells = f.cells().statistics(), all = f.statistics();
+    double *const own = reinterpret_cast<double*>(cell_scratch(f, pass.x.dtype, queue)),
+           *const together = own + cells * kSumsBytes / int64_t(sizeof(double));
+    const bool waits = pass.dx && !pass.known();
+    BackwardPass first = of_cells(pass), second = first;
+    first.s1 = first.s2 = nullptr;
+    if (waits) {
+      first.dx = first.dresidual = {};
+      first.own_c0 = own;
+      first.own_cx = own + cells;
+    } else if (pass.s1) {
+      first.s1 = own;
+      first.s2 = own + cells;
+    }
+    run_sums(first, dweight, dbias, queue);
+    if (!waits && pass.s1) launch_each(all, queue, cells_kernel, all, f.share(), 1.0, own, own + cells, pass.s1, pass.s2);
+    if (!waits) return;
+    launch_each(all, queue, cells_kernel, all, f.share(), 1 / double(f.share()), own, own + cells, together,
+                together + all);
+    second.sums = false;
+    second.c0 = together;
+    second.cx = together + all;
+    return run(second, queue);
+  }
+  const bool after = has_entries(pass.fold) && !pass.is_lines();
   if (after) {
     pass.u = static_cast<double*>(queue.scratch);
     pass.ux = pass.u + pass.fold.statistics();
@@ -360,8 +622,11 @@ void copy(const CopyArgs& a) {
 }
 
 int64_t scratch(const Fold& f, DType dtype, int ordinal) {
-  const int widest = f.is_columns() ? 8 * kPackBytes / int(item_size(dtype)) : 1;
-  return entry_bytes(f) + int64_t(kMaxParts) * device(ordinal).sms * widest * kSumsBytes;
+  int64_t lines = 0;
+  if (f.is_lines())
+    with_dtype(dtype, [&](auto element) { lines = line_scratch<decltype(element)>(f, device(ordinal)).bytes; });
+  const int64_t passes = pass_bytes(f.cells(), dtype, ordinal) + (has_cells(f) ? cell_bytes(f) : 0);
+  return lines > passes ? lines : passes;
 }
 
 const Backend table{"cuda", moments, merge, normalize, grad_sums, grad_input, forward, backward, copy, scratch};

@@ -19,9 +19,9 @@ template <class T, bool kColumns>
 FN_DEVICE void settle(const BackwardPass& pass, const Member<T, kColumns>& me, const Column& column, bool summed,
                       const Sums<Real<T>>& sums) {
   using R = Real<T>;
-  const int64_t s = column.statistic, c = column.channel;
-  const double mean = pass.mean[s], rstd = pass.rstd[s], w = pass.weight.get_or(c, 1);
-  double x_hat = pass.cx ? pass.cx[s] : 0, one = pass.c0 ? pass.c0[s] : 0;
+  const int64_t s = column.statistic, c = column.channel, shared = pass.share.divide(s);
+  const double mean = pass.mean ? pass.mean[shared] : 0, rstd = pass.rstd[shared], w = pass.weight.get_or(c, 1);
+  double x_hat = pass.cx ? pass.cx[shared] : 0, one = pass.c0 ? pass.c0[shared] : 0;
   if (summed) {
     const double unit = sums.unit(), lo = mean - double(pivot<R>(mean, rstd));
     const double u = sums.s * unit, ux = GradSums{u, sums.q * unit * unit}.ux(lo, rstd);
@@ -36,7 +36,8 @@ FN_DEVICE void settle(const BackwardPass& pass, const Member<T, kColumns>& me, c
     const double n = pass.mask ? sums.n : pass.n;
     if (!pass.known() && n > 0) {
       x_hat = -w * ux / n;
-      one = -w * u / n;
+      one = pass.mean ? -w * u / n : 0;
+      if (pass.own_cx && me.rank() == 0 && column.first) pass.own_cx[s] = x_hat, pass.own_c0[s] = one;
     }
   }
   const Affine<R> a = affine<R>(mean, rstd, w, pass.bias.get_or(c, 0));

@@ -122,18 +122,19 @@ FN_DEVICE void settle(const ForwardPass& pass, const Member<T, kColumns>& me, co
   const int64_t s = column.statistic, c = column.channel;
   double mean, rstd;
   if (pass.takes_statistics()) {
-    const double unit = sums.unit(), m2 = (pass.center ? sums.scaled_m2() : sums.q) * unit * unit;
+    const double unit = sums.unit(), m2 = sums.scaled_m2(pass.center) * unit * unit;
     mean = pass.center ? sums.mean() : 0;
-    rstd = sums.rstd(pass.eps);
+    rstd = sums.rstd(pass.center, pass.eps);
     if (me.rank() == 0 && column.first) {
       if (pass.count) pass.count[s] = sums.n;
       if (pass.m2) pass.m2[s] = m2;
+      if (pass.sums) static_cast<Sums<R>*>(pass.sums)[s] = sums;
       // A mask that counts fewer than two numbers says nothing.
       if (pass.updates && sums.n >= 2) pass.running.update(c, pass.update_weight, mean, m2 / (sums.n - 1));
     }
   } else {
-    mean = pass.evaluation ? pass.running.mean.get(c) : pass.given_mean[s];
-    rstd = pass.evaluation ? 1 / ::sqrt(pass.running.var.get(c) + pass.eps) : pass.given_rstd[s];
+    mean = pass.evaluation ? pass.running.mean.get(c) : pass.given_mean ? pass.given_mean[pass.share.divide(s)] : 0;
+    rstd = pass.evaluation ? 1 / ::sqrt(pass.running.var.get(c) + pass.eps) : pass.given_rstd[pass.share.divide(s)];
   }
   if (me.rank() == 0 && column.first) {
     if (pass.mean) pass.mean[s] = mean;

@@ -1,17 +1,19 @@
 // The kernels of each element type, compiled in files of their own (f32.cu, …): half a minute each.
 #pragma once
 
-#include "cuda/passes.h"
+#include "cuda/lines.h"
 
 namespace fusednorm::cuda {
 
-template <class Pass>
-using Kernel = void (*)(const Pass, const Job);
+template <class Pass, class J = Job>
+using Kernel = void (*)(const Pass, const J);
 
-// [columns][general]: rows or columns; epilogues of all kinds, or identity and ReLU alone.
+// [columns][general]: rows or columns; epilogues of all kinds, or identity and ReLU alone. [several]: of lines.
 struct Kernels {
   Kernel<ForwardPass> forward[2][2];
   Kernel<BackwardPass> backward[2][2];
+  Kernel<ForwardPass, LineJob> forward_lines[2];
+  Kernel<BackwardPass, LineJob> backward_lines[2];
 };
 template <class T>
 const Kernels& kernels();

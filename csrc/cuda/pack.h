@@ -67,6 +67,9 @@ FN_DEVICE uint32_t thread() { return anew(threadIdx.x); }
 FN_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 FN_DEVICE double quotient(double a, double b) { return a / b; }
 
+// 1/√v
+FN_DEVICE double inverse_root(double v) { return ::rsqrt(v); }
+
 // v, or `low` where that is larger; NaN stays.
 FN_DEVICE float at_least(float v, float low) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

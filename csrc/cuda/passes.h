@@ -13,12 +13,15 @@ namespace fusednorm::cuda {
 // Packs of a thread that are summed in float32.
 constexpr int kChunk = 64;
 
+// A statistic of several cells (core/fold.h) is taken in turns: the cells' own, of a fold of cells; what they make
+// together; and with that given, the cells once more.
 struct ForwardPass {
   Fold fold;
+  Divisor share;             // cells that have a given statistic in common
   Array x, weight, bias, y;  // no y: statistics only
   EpilogueArgs epilogue;
   const uint8_t* mask;                    // of the statistics
-  const double *given_mean, *given_rstd;  // null: taken from x
+  const double *given_mean, *given_rstd;  // no rstd: taken from x; no mean: 0
   bool evaluation;                        // or from the running statistics
   bool center;
   double eps;
@@ -26,12 +29,22 @@ struct ForwardPass {
   bool updates;                      // the running statistics, here and now
   double update_weight;              // of the new value
   double *count, *mean, *m2, *rstd;  // out [S]; each may be null
+  void* sums;                        // out Sums [S], or null
 
-  FN_INLINE bool takes_statistics() const { return !given_mean && !evaluation; }
+  FN_INLINE bool takes_statistics() const { return !given_rstd && !evaluation; }
   // Threads that fit into an SM's registers: 96 for each, or 128 where residuals, masks and exponentials need them.
   static constexpr int resident(bool general) { return general ? 512 : 640; }
+  static constexpr int kLineThreads = 640;  // in lines.h
   // Epilogues that the plain kernel knows.
   bool is_plain() const { return epilogue.activation <= Activation::relu && !epilogue.residual && !mask; }
+
+  // The loops of lines.h know neither masks nor epilogues.
+  bool is_lines() const {
+    return fold.is_lines() && !mask && !epilogue.residual && epilogue.activation == Activation::identity;
+  }
+  FN_INLINE bool takes_line_sums() const { return takes_statistics(); }
+  FN_INLINE bool takes_columns() const { return false; }
+  int line_parameters() const { return y ? 2 : 0; }
 
   std::array<const void*, 3> tensors() const { return {x.data, y.data, epilogue.residual.data}; }
   Work work() const {
@@ -42,23 +55,33 @@ struct ForwardPass {
 
 struct BackwardPass {
   Fold fold;
+  Divisor share;
   Array dy, x;
-  const double *mean, *rstd;
+  const double *mean, *rstd;  // no mean: 0
   Array weight, bias;
   EpilogueArgs epilogue;
   bool sums;              // Σu, Σu·x̂ are taken
   const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
   bool constant;
-  double n;              // elements of a statistic, where there is no mask
-  const uint8_t* mask;   // where cx and c0 apply
-  Array dx, dresidual;   // no dx: sums only
-  double *s1, *s2;       // out [S]: Σw·u, Σw·u·x̂; may be null
-  double *u, *ux;        // out [S]: Σu, Σu·x̂; may be null
-  Array dweight, dbias;  // written by the pass itself where there is one batch entry; may be null
+  double n;                 // elements of a statistic, where there is no mask
+  const uint8_t* mask;      // where cx and c0 apply
+  Array dx, dresidual;      // no dx: sums only
+  double *s1, *s2;          // out [S]: Σw·u, Σw·u·x̂; may be null
+  double *u, *ux;           // out [S]: Σu, Σu·x̂; may be null
+  double *own_cx, *own_c0;  // out [S]: what the sums bring into dx; may be null
+  Array dweight, dbias;     // written by the pass itself where there is one batch entry; may be null
 
   // dx does not wait for the sums.
   FN_INLINE bool known() const { return constant || cx || c0; }
   static constexpr int resident(bool) { return 512; }
+  static constexpr int kLineThreads = 512;  // in lines.h
+  bool is_lines() const {
+    return fold.is_lines() && !mask && !dresidual && epilogue.activation == Activation::identity;
+  }
+  // Of lines: along them, and across.
+  FN_INLINE bool takes_line_sums() const { return s1 || s2 || (dx && !known()); }
+  FN_INLINE bool takes_columns() const { return sums; }
+  int line_parameters() const { return 1; }
   // What the plain kernel knows: neither both at once nor a dx of dy alone.
   bool is_plain() const {
     return epilogue.activation <= Activation::relu && !epilogue.residual && !mask && !dresidual &&

@@ -148,4 +148,88 @@ inline Plan plan(const Work& w, const Device& d) {
   return best;
 }
 
+constexpr int kShortLine = 32;  // packs: a warp has several such lines at once
+
+// What a pass over lines asks for (lines.h).
+struct LineWork {
+  int64_t lines = 0, groups = 1;  // lines of a group
+  int64_t packs = 0;              // of a line
+  int each = 1;                   // packs of a line that a thread has, at most
+  int at_once = 1;                // short lines of a thread
+  bool merges = false;            // a line's sums are needed
+  bool across = false;            // and sums of its channels across the lines
+  int parameters = 0;             // numbers that wait in shared memory for each element of a line
+  int width = 4, real = 4;        // elements of a pack; bytes of the arithmetic type
+};
+
+// A team takes one line after the other: all of a block's threads but those of lines that it has at once.
+struct LinePlan {
+  Team team = Team::block;
+  int threads = 32, size = 1;    // of a block; blocks of a line
+  int64_t teams = 0, steps = 0;  // of a group; of which a team does every so many
+  int64_t groups = 1;
+  int64_t share = 0;                             // packs of a line that are one block's
+  bool several = false;                          // a thread has one pack of some lines, else some packs of one
+  int sharers = 32, lines = 1;                   // of a block: threads of a line; its lines at once
+  int room = 0;                                  // elements of a line that they can hold
+  int parts_at = 0, columns_at = 0, shared = 0;  // bytes: the block's shared memory
+
+  int64_t blocks() const { return teams * groups * size; }
+};
+
+namespace detail {
+
+constexpr int kPartBytes = 32;  // sizeof(LinePart)
+
+// With blocks of at most so many threads.
+inline LinePlan line_plan(const LineWork& w, const Device& d, int block) {
+  LinePlan p;
+  p.several = w.packs <= kShortLine;
+  const int each = p.several ? 1 : w.each;
+  const int64_t wanted = up(w.packs, each);
+  if (wanted > block && w.merges) {
+    while (p.size <= d.max_cluster && int64_t(p.size) * block < wanted) p.size *= 2;
+    p.team = p.size <= d.max_cluster ? Team::cluster : Team::launches;
+  }
+  if (wanted > block && p.team != Team::cluster) p.size = int(up(wanted, block));
+  p.share = up(w.packs, p.size);
+  p.sharers = 1;
+  while (p.several && p.sharers < w.packs) p.sharers *= 2;
+  if (!p.several) p.sharers = int(up(up(p.share, each), 32)) * 32;
+  // Sums across lines are fewer where a block has many lines; else small blocks are as good.
+  const int wide = w.across ? block : p.sharers, narrow = w.across ? 2 * block : block < 128 ? block : 128;
+  const int most = p.size > 1 ? p.sharers : p.sharers > 32 ? wide : narrow;
+  p.threads = (most < d.threads ? most : d.threads) / p.sharers * p.sharers;
+  p.lines = p.threads / p.sharers;
+  p.room = each * p.sharers * w.width;
+  const int warps = p.threads / 32, stacks = p.several ? warps : p.lines;
+  p.parts_at = int(up(int64_t(w.parameters) * p.room * w.real, 32)) * 32;
+  p.columns_at = p.parts_at + (2 * warps + 2) * kPartBytes;
+  p.shared = p.columns_at + (w.across ? 2 * stacks * p.room * w.real : 0);
+  const int64_t per = d.shared / (p.shared + d.shared_lost), resident = per_sm(d, p.threads);
+  const int64_t blocks = int64_t(d.sms) * (per < 1 ? 1 : per < resident ? per : resident);
+  const int64_t fit = blocks / p.size / w.groups, all = up(w.lines, int64_t(p.lines) * (p.several ? w.at_once : 1));
+  p.groups = w.groups;
+  p.steps = all;
+  p.teams = fit < 1 ? 1 : fit < all ? fit : all;
+  if (all > 0) p.teams = up(all, up(all, p.teams));  // no more than what as many steps of each need
+  return p;
+}
+
+}  // namespace detail
+
+inline LinePlan plan_lines(const LineWork& w, const Device& d) {
+  // Small blocks share an SM: one reads while another meets.
+  int block = d.threads < 256 ? d.threads : 256;
+  LinePlan p = detail::line_plan(w, d, block);
+  for (int larger = block; p.team == Team::launches && larger < d.threads;) {
+    larger = 2 * larger < d.threads ? 2 * larger : d.threads;
+    const LinePlan other = detail::line_plan(w, d, larger);
+    if (other.shared <= d.shared_block) p = other;
+  }
+  for (; p.shared > d.shared_block && block > 32; block = detail::next(block))
+    p = detail::line_plan(w, d, detail::next(block));
+  return p;
+}
+
 }  // namespace fusednorm::cuda

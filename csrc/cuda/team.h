@@ -33,13 +33,13 @@ struct Sums {
   }
   FN_DEVICE double unit() const { return kScaled ? inverse(scale) : 1; }
   FN_DEVICE double mean() const { return n > 0 ? pivot + s / n * unit() : 0; }
-  // Σ(x − mean)², times scale².
-  FN_DEVICE double scaled_m2() const {
-    const double m2 = n > 0 ? q - s * (s / n) : 0;
+  // Σ(x − mean)², times scale²; not centered, the mean is 0, and so was the pivot.
+  FN_DEVICE double scaled_m2(bool center) const {
+    const double m2 = n > 0 ? center ? q - s * (s / n) : q : 0;
     return m2 < 0 ? 0 : m2;
   }
-  FN_DEVICE double rstd(double eps) const {
-    const double variance = n > 0 ? scaled_m2() / n : 0;
+  FN_DEVICE double rstd(bool center, double eps) const {
+    const double variance = n > 0 ? scaled_m2(center) / n : 0;
     return kScaled ? scale / ::sqrt(variance + eps * scale * scale) : 1 / ::sqrt(variance + eps);
   }
 
@@ -69,10 +69,13 @@ FN_DEVICE R scale_of(int attempt) {
 }
 // Sums that were taken at this scale.
 template <class R>
-FN_DEVICE bool in_range(const Sums<R>& sums, R scale) {
-  if (sums.s == 0 && sums.q == 0) return true;
-  const double q = Sums<R>::kScaled ? sums.q : sums.q * double(scale) * double(scale);
+FN_DEVICE bool in_range(double s, double q) {
+  if (s == 0 && q == 0) return true;
   return sizeof(R) == 4 ? q > 1e-28 && q < 1e38 : q > 1e-290 && q < 1e300;
+}
+template <class R>
+FN_DEVICE bool in_range(const Sums<R>& sums, R scale) {
+  return in_range<R>(sums.s, Sums<R>::kScaled ? sums.q : sums.q * double(scale) * double(scale));
 }
 
 template <class R, int kCount>

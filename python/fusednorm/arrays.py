@@ -43,10 +43,6 @@ def taken(x: object, name: str) -> Array:
     raise TypeError(f"{name} must be a NumPy or CuPy array, not {kind}")
 
 
-def taken_if_any(x: object | None, name: str) -> Array | None:
-    return None if x is None else taken(x, name)
-
-
 def is_of_a_gpu(x: object) -> bool:
     # Of some libraries all arrays have the attribute, and it raises for those of the CPU.
     try:
@@ -94,6 +90,11 @@ def checked_device(name: str) -> str:
 def on(device: str) -> AbstractContextManager[Any]:
     """Makes a device, "cpu" or "cuda:1", the current one."""
     return nullcontext() if device == "cpu" else import_module("cupy").cuda.Device(int(device[5:]))
+
+
+def is_elsewhere(x: Array) -> bool:
+    """Whether x is of a GPU that is not the current one."""
+    return not isinstance(x, np.ndarray) and bool(x.device != import_module("cupy").cuda.Device())
 
 
 def moved(a: Array, to: str) -> Array:

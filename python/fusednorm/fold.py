@@ -105,7 +105,7 @@ def group(shape: Sequence[int], order: Sequence[int], axis: int, groups: int) ->
     span = math.prod(shape[a] for a in rest[at:] if a != axis)
     if span == 0:  # which would not tell how many channels there are
         outer, span = 0, 1
-    return Fold(shape[samples], outer, groups, shape[axis] // groups * span, span)
+    return Fold(shape[samples], outer, groups, shape[axis] // max(groups, 1) * span, span)
 
 
 def layer(shape: Sequence[int], order: Sequence[int], normalized: int) -> Fold | None:

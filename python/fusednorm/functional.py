@@ -134,10 +134,9 @@ def _switchable(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Lay
     layout = _instance(shape, strides, dtype, axis)
     if layout is None:
         return None
-    few = f"Expected more than 1 value per channel when training, got input size {shape}"
-    return layout._replace(
-        too_few=few if math.prod(shape) == layout.saved[1] > 0 else "", evaluation="training=False", positive_eps=True
-    )
+    lone = math.prod(shape) == layout.saved[1] > 0
+    few = f"Expected more than 1 value per channel when training, got input size {shape}" if lone else ""
+    return layout._replace(too_few=few, evaluation="training=False")
 
 
 @lru_cache(maxsize=4096)
@@ -182,7 +181,6 @@ def _hashable(normalized_shape: int | Sequence[int]) -> int | _Shape:
     return normalized_shape if type(normalized_shape) in (int, tuple) else _shape_of(normalized_shape)  # type: ignore[return-value]
 
 
-@arrays.on_its_device
 def _forward(
     x: Array,
     layout_of: LayoutOf,
@@ -207,7 +205,15 @@ def _forward(
     `counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average. `averaged`: running statistics
     take in the samples' average. Without `center` the mean is 0, and None.
     """
-    given = x if type(x) is np.ndarray else arrays.taken(x, "x")
+    given = x
+    if type(x) is not np.ndarray:
+        given = arrays.taken(x, "x")
+        if arrays.is_elsewhere(given):
+            with arrays.on(arrays.device(given)):
+                return _forward(
+                    given, layout_of, how, weight, bias, eps, out, running_mean, running_var, training, momentum,
+                    counted, residual, activation, mask, averaged, center,
+                )  # fmt: skip
     code, slope = (0, 0.0) if activation is None else _activation(activation)
     if momentum is None:
         raise TypeError("momentum must be a number; only a layer takes None, for a cumulative average")
@@ -215,10 +221,11 @@ def _forward(
     operands.expect_statistics(layout, training, eps, running_mean, running_var)
     if residual is not None:
         residual = operands.alike(residual, "residual", given, x)
-    if type(x) is not np.ndarray or layout.axis is None:
+    if layout.axis is None or type(x) is not np.ndarray:
         weight, bias = operands.parameter(weight, "weight", layout), operands.parameter(bias, "bias", layout)
-        running_mean = arrays.taken_if_any(running_mean, "running_mean")
-        running_var = arrays.taken_if_any(running_var, "running_var")
+        if running_mean is not None and running_var is not None:
+            running_mean = arrays.taken(running_mean, "running_mean")
+            running_var = arrays.taken(running_var, "running_var")
     positions = None if mask is None else operands.positions(mask, x, layout)
     if out is None:
         y = arrays.empty_like(x)
@@ -243,7 +250,6 @@ def _forward(
     return y, mean if center else None, rstd
 
 
-@arrays.on_its_device
 def _backward(
     dy: Array,
     x: Array,
@@ -260,7 +266,14 @@ def _backward(
     mask: Array | None = None,
 ) -> tuple[Array, Array, Array, Any]:
     """dx, dweight, dbias and dresidual, or None, of every norm. `constant`: mean and rstd were not taken from x."""
-    given = x if type(x) is np.ndarray else arrays.taken(x, "x")
+    given = x
+    if type(x) is not np.ndarray:
+        given = arrays.taken(x, "x")
+        if arrays.is_elsewhere(given):
+            with arrays.on(arrays.device(given)):
+                return _backward(
+                    dy, given, layout_of, how, mean, rstd, weight, bias, out, constant, residual, activation, mask
+                )
     code, slope = (0, 0.0) if activation is None else _activation(activation)
     x, layout = operands.dense(given, layout_of, how)
     dy = operands.alike(dy, "dy", given, x)
@@ -1017,7 +1030,9 @@ def weight_norm_backward(
     Raises as the forward.
     """
     dim, lengths, root = _lengths(v, g, dim)
-    norm = arrays.taken(norm, "norm")
+    dw, norm = arrays.taken(dw, "dw"), arrays.taken(norm, "norm")
+    if dw.shape != v.shape:
+        raise ValueError(f"dw must have v's shape {v.shape}, got {dw.shape}")
     if norm.shape != g.shape:
         raise ValueError(f"norm must have shape {g.shape}, got {norm.shape}")
     operands.floating("norm", norm.dtype)

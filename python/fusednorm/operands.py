@@ -75,7 +75,7 @@ def channel_axis(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
 def dense(x: Array, layout_of: LayoutOf, how: tuple[Any, ...]) -> tuple[Array, Layout]:
     """`x`, or a copy of it, and its layout. The copy is C-ordered, or has its second axis as the slowest."""
     layout = layout_of(x.shape, x.strides, x.dtype, *how)
-    if layout is not None and arrays.is_plain(x):
+    if layout is not None and (type(x) is not np.ndarray or x.flags.aligned):
         return x, layout
     for axes in (range(x.ndim), (1, 0, *range(2, x.ndim))):
         copy = arrays.empty([x.shape[a] for a in axes], x.dtype.newbyteorder("="), beside=x).transpose(np.argsort(axes))
@@ -86,10 +86,18 @@ def dense(x: Array, layout_of: LayoutOf, how: tuple[Any, ...]) -> tuple[Array, L
     raise AssertionError("every norm takes one of the two orders")
 
 
-def alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
-    """An operand with x's shape and dtype, in memory like `laid_out`."""
+def beside(a: object, name: str, x: Array) -> Array:
+    """An array on x's device."""
+    if type(a) is np.ndarray and type(x) is np.ndarray:
+        return a
     a = arrays.taken(a, name)
     arrays.expect_beside(a, name, x)
+    return a
+
+
+def alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
+    """An operand with x's shape and dtype, in memory like `laid_out`."""
+    a = beside(a, name, x)
     if a.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {a.shape}")
     if a.dtype != laid_out.dtype and a.dtype.newbyteorder("=") != laid_out.dtype:
@@ -99,9 +107,8 @@ def alike(a: object, name: str, x: Array, laid_out: Array) -> Array:
 
 def positions(mask: object, x: Array, layout: Layout) -> Array:
     """The mask of x's positions, flat, in the order in which the dense array `x` holds them."""
-    mask, axis = arrays.taken(mask, "mask"), layout.axis
+    mask, axis = beside(mask, "mask", x), layout.axis
     assert axis is not None
-    arrays.expect_beside(mask, "mask", x)
     expected = x.shape[:axis] + x.shape[axis + 1 :]
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be boolean, not {mask.dtype}")
@@ -114,22 +121,24 @@ def positions(mask: object, x: Array, layout: Layout) -> Array:
 
 def parameter(a: Array | None, name: str, layout: Layout) -> Array | None:
     """A weight or bias as the verbs take it: one number after the other. They check the number of channels."""
-    a = arrays.taken_if_any(a, name)
-    if a is None or layout.axis is not None:
+    if a is None:
+        return a
+    if type(a) is not np.ndarray:
+        a = arrays.taken(a, name)
+    if layout.axis is not None:
         return a
     if a.shape != layout.parameters:
         raise ValueError(
             f"Expected {name} to be of same shape as normalized_shape, but got {name} of shape {list(a.shape)} and "
             f"normalized_shape = {list(layout.parameters)}"
         )
-    return a.reshape(-1)
+    return a if a.ndim == 1 else a.reshape(-1)
 
 
 def statistics(a: object, name: str, x: Array, layout: Layout, kinds: int | None = None) -> Array:
     """Saved statistics as the verbs take them; of several kinds, their number is the first length."""
     saved = layout.saved if kinds is None else (kinds, *layout.saved)
-    a = arrays.taken(a, name)
-    arrays.expect_beside(a, name, x)
+    a = beside(a, name, x)
     if a.shape != saved:
         raise ValueError(f"{name} must have shape {saved}, got {a.shape}")
     if layout.order is not None:
@@ -160,9 +169,8 @@ def running(
         raise ValueError("running_mean and running_var go together")
     if mean is None or var is None:
         return None, None
-    mean, var = arrays.taken(mean, "running_mean"), arrays.taken(var, "running_var")
+    mean, var = beside(mean, "running_mean", x), beside(var, "running_var", x)
     for name, a, apart_from in (("running_mean", mean, (var, *others)), ("running_var", var, (mean, *others))):
-        arrays.expect_beside(a, name, x)
         floating(name, a.dtype)
         if a.shape != (channels,):
             raise ValueError(f"{name} should contain {channels} elements not {a.size}")
@@ -183,25 +191,29 @@ def update(running: Array | None, momentum: float, new: Array) -> None:
 def gradient(parameter: Array | None, x: Array, layout: Layout) -> Array:
     """Where the gradient of a parameter goes, in its dtype; without one float32, for float64 x float64."""
     dtype = (FLOAT64 if x.dtype == FLOAT64 else FLOAT32) if parameter is None else parameter.dtype
-    return arrays.empty(layout.parameters, dtype, beside=x)
+    return (
+        np.empty(layout.parameters, dtype)
+        if type(x) is np.ndarray
+        else arrays.empty(layout.parameters, dtype, beside=x)
+    )
 
 
 def cut(part: Part, *used: Array | None) -> tuple[Any, ...]:
     """The part's tensors, of whose positions and statistics (the last three of `used`) samples are the slowest axis."""
-    assert part.samples is not None
+    folded, samples, first = part
+    assert samples is not None
     *tensors, positions, mean, rstd = used
-    rows = slice(part.first, part.first + part.fold.batch)
+    rows = slice(first, first + folded.batch)
     if positions is not None:
         assert tensors[0] is not None
-        positions = positions.reshape(tensors[0].shape[len(part.samples) - 1], -1)[part.samples[-1]].reshape(-1)
-    pieces = [None if a is None else a[part.samples] for a in tensors]
+        positions = positions.reshape(tensors[0].shape[len(samples) - 1], -1)[samples[-1]].reshape(-1)
+    pieces = [None if a is None else a[samples] for a in tensors]
     return (*pieces, positions, *(None if a is None else a[rows] for a in (mean, rstd)))
 
 
 def output(out: Array, x: Array, laid_out: Array, inputs: tuple[Array | None, ...]) -> tuple[Array, Array]:
     """Where the kernel writes: `out` if it lies right, else a fresh array that `deliver` copies from. And `out`."""
-    out = arrays.taken(out, "out")
-    arrays.expect_beside(out, "out", x)
+    out = beside(out, "out", x)
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
     if out.dtype != laid_out.dtype and out.dtype.newbyteorder("=") != laid_out.dtype:

@@ -114,17 +114,11 @@ def _moments(x: Array) -> Moments:
     n, *found, _ = functional._moments(x, 0)
     mean, m2 = (arrays.moved(a[0], "cpu") for a in found)
     count = np.full(mean.shape, n)
-    again = np.flatnonzero(~np.isfinite(mean) | np.isnan(m2) | _underflown(x.dtype, n, mean, m2))
+    again = np.flatnonzero(~np.isfinite(mean) | np.isnan(m2))
     if again.size:
         numbers = _moments_without_nan(x, again)
         count[again], mean[again], m2[again] = numbers.count, numbers.mean, numbers.m2
     return Moments(count, mean, m2)
-
-
-def _underflown(dtype: np.dtype[Any], n: float, mean: Array, m2: Array) -> Array | bool:
-    """Where all squares of deviations may have been too small for float32, in which the kernels then find no variance.
-    A mean above 1e-10 has neighbours no nearer than 1e-18."""
-    return dtype.name in ("float32", "bfloat16") and (m2 <= n * 1e-38) & (np.abs(mean) < 1e-10)
 
 
 def _moments_without_nan(x: Array, features: Array) -> Moments:

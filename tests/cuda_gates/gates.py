@@ -26,7 +26,10 @@ DTYPES = {"f": "f32", "d": "f64", "NS_3f16E": "f16", "NS_4bf16E": "bf16"}
 # Accesses of 16 bytes, at least: loads of the first sweep, which leaves them in the caches, of the second, which does
 # not (evict first), and its stores. Forward takes 4 packs at once, backward 2 of dy and of x.
 ACCESSES = ("LDG.E.128", "LDG.E.EF.128", "STG.E.EF.128")
-WIDE = {"forward": (4, 4, 4), "backward": (4, 4, 2)}
+# Lines are swept once.
+WIDE = {
+    "forward lines": (0, 2, 2), "backward lines": (0, 4, 2), "forward": (4, 4, 4), "backward": (4, 4, 2),
+}  # fmt: skip
 
 Bounds = dict[str, dict[str, int]]  # registers of a kernel on an architecture
 
@@ -43,6 +46,8 @@ def readable(symbol: str) -> str:
         name, dtype, columns, general = pass_.groups()
         kind = "general" if general == "1" else "plain"
         return f"{name} {'columns' if columns == '1' else 'rows'} {kind} {DTYPES[dtype]}"
+    if pass_ := re.search(r"\d(forward|backward)_linesI(\w+?)Li(\d)ELi\dE", symbol):
+        return f"{pass_[1]} lines {'one' if pass_[3] == '1' else 'several'} {DTYPES[pass_[2]]}"
     plain = re.search(r".*\d([a-z]\w*_kernel)E", symbol)
     return plain[1] if plain else symbol
 
@@ -96,7 +101,8 @@ def complaints(uses: dict[tuple[str, str], Use], bounds: Bounds) -> list[str]:
             found.append(
                 f"{kernel} on {architecture}: {use.registers} registers, {use.registers - bound} more than its bound"
             )
-        for access, there, least in zip(ACCESSES, use.wide, WIDE.get(kernel.split()[0], (0, 0, 0)), strict=True):
+        wide = next((accesses for name, accesses in WIDE.items() if kernel.startswith(name)), (0, 0, 0))
+        for access, there, least in zip(ACCESSES, use.wide, wide, strict=True):
             if there < least:
                 found.append(
                     f"{kernel} on {architecture}: {there} {access}, not {least} at least: are packs taken element by "

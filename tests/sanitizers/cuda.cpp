@@ -36,7 +36,11 @@ std::set<std::string> taken;
 void take(const char* pass, const Fold& f) {
   Launch launches[16];
   const size_t n = fn_emu_launches(launches, std::size(launches));
-  if (f.batch != 1) return;  // another kernel follows
+  if (f.is_lines()) {  // more kernels follow
+    taken.insert(std::string(pass) + " lines " + (n > 2 ? "cut" : launches[0].cluster > 1 ? "cluster" : "block"));
+    return;
+  }
+  if (f.batch != 1 || f.share() != 1) return;
   taken.insert(std::string(pass) + (f.is_columns() ? " columns " : " rows ") +
                (n == 2                    ? "two launches"
                 : launches[0].cooperative ? "grid"
@@ -84,15 +88,36 @@ std::vector<Call> calls() {
       {.fold = {}, .activation = Activation::leaky_relu, .residual = true, .offset_of_outputs = 1},
   };
   std::vector<Call> all;
-  for (size_t fold = 0; fold < std::size(folds); ++fold)
-    for (size_t dtype = 0; dtype < std::size(kDtypes); ++dtype)
-      for (size_t kind = 0; kind < std::size(kinds); ++kind)
-        if (wanted(fold, dtype, kind)) {
-          all.push_back(kinds[kind]);
-          all.back().fold = folds[fold];
-          all.back().dtype = kDtypes[dtype];
-        }
-  // A thread's packs in several chunks; a grid of two teams for seven slabs.
+  // Lines: several of a warp, a warp's, a block's, those of clusters or cut; sums across them in several chunks.
+  const Fold of_lines[] = {lines(37, 1, 8),   lines(13, 1, 37), lines(3, 1, 3000),  lines(5, 1, 300),
+                           lines(5, 2, 1000), lines(9, 2, 64),  lines(700, 1, 132), lines(2, 1, 5003)};
+  const Call line_kinds[] = {{.fold = {}},
+                             {.fold = {}, .centered = false},
+                             {.fold = {}, .offset = 1},
+                             {.fold = {}, .extreme = true},
+                             {.fold = {}, .offset_of_outputs = 1}};
+  // Statistics of several channels, and lines that must go that way.
+  const Fold of_cells[] = {{2, 1, 3, 36, 9}, {2, 30, 3, 4, 1}, {3, 2, 2, 320, 160}, lines(5, 1, 24)};
+  const Call cell_kinds[] = {{.fold = {}, .activation = Activation::relu},
+                             {.fold = {}, .activation = Activation::silu, .residual = true, .masked = true},
+                             {.fold = {}, .residual = true, .centered = false},
+                             {.fold = {}, .activation = Activation::relu, .extreme = true, .masked = true}};
+  const auto add = [&](const auto& some_folds, const auto& some_kinds) {
+    for (size_t fold = 0; fold < std::size(some_folds); ++fold)
+      for (size_t dtype = 0; dtype < std::size(kDtypes); ++dtype)
+        for (size_t kind = 0; kind < std::size(some_kinds); ++kind)
+          if (wanted(fold, dtype, kind)) {
+            all.push_back(some_kinds[kind]);
+            all.back().fold = some_folds[fold];
+            all.back().dtype = kDtypes[dtype];
+          }
+  };
+  add(folds, kinds);
+  add(of_lines, line_kinds);
+  add(of_cells, cell_kinds);
+  // Columns and rows without a mean. A thread's packs in several chunks; a grid of two teams for seven slabs.
+  all.push_back({.fold = rows(2, 3, 3, 50), .activation = Activation::relu, .centered = false});
+  all.push_back({.fold = columns(1, 40, 20), .dtype = DType::bf16, .centered = false});
   all.push_back({.fold = rows(1, 1, 1, 40001), .dtype = DType::f64, .activation = Activation::relu});
   all.push_back({.fold = columns(1, 3000, 16), .dtype = DType::f64, .activation = Activation::relu, .residual = true});
   all.push_back({.fold = rows(1, 4, 7, 5000), .activation = Activation::relu});
@@ -141,5 +166,5 @@ int main(int count, char** arguments) {
     }
   for (const std::string& way : taken) std::printf("%s\n", way.c_str());
   std::printf("%zu calls\n", all.size());
-  return taken.size() == 16 ? 0 : 3;
+  return taken.size() == 22 ? 0 : 3;
 }

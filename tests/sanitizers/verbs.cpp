@@ -21,6 +21,7 @@ std::string Call::name() const {
   if (residual) text += ", residual";
   if (extreme) text += ", outlier";
   if (masked) text += ", mask";
+  if (!centered) text += ", no mean";
   if (offset || offset_of_outputs)
     text += ", offsets " + std::to_string(offset) + " and " + std::to_string(offset_of_outputs);
   return text;
@@ -45,7 +46,7 @@ struct Number {
 using Numbers = std::vector<Number>;
 
 struct Element {
-  size_t at, statistic, channel, position;
+  size_t at, statistic, channel, position, cell;  // cell: of a batch entry and a channel
 };
 // core/fold.h as loops.
 template <class Body>
@@ -54,15 +55,18 @@ void each(const Fold& f, Body&& body) {
   for (int64_t b = 0; b < f.batch; ++b)
     for (int64_t o = 0; o < f.outer; ++o)
       for (int64_t g = 0; g < f.groups; ++g)
-        for (int64_t i = 0; i < f.inner; ++i)
-          body(Element{at++, size_t(b * f.groups + g), size_t((g * f.inner + i) / f.span),
-                       size_t((b * f.outer + o) * f.span + i % f.span)});
+        for (int64_t i = 0; i < f.inner; ++i) {
+          const int64_t channel = (g * f.inner + i) / f.span;
+          body(Element{at++, size_t(b * f.groups + g), size_t(channel), size_t((b * f.outer + o) * f.span + i % f.span),
+                       size_t(b * f.channels() + channel)});
+        }
 }
 
 struct Statistic {
   Wide n = 0, mean = 0, m2 = 0, squares = 0, size = 0;  // size: mean of |x|
 };
-std::vector<Statistic> statistics(const Fold& f, const Array& x, const std::vector<uint8_t>& mask) {
+std::vector<Statistic> statistics(const Call& call, const Array& x, const std::vector<uint8_t>& mask) {
+  const Fold& f = call.fold;
   std::vector<Statistic> all(size_t(f.statistics()));
   const auto counted = [&](auto&& body) {
     each(f, [&](const Element& e) {
@@ -71,7 +75,7 @@ std::vector<Statistic> statistics(const Fold& f, const Array& x, const std::vect
   };
   counted([](Statistic& s, Wide v) { s.n += 1, s.mean += v, s.size += std::abs(v), s.squares += v * v; });
   for (Statistic& s : all)
-    if (s.n > 0) s.mean /= s.n, s.size /= s.n;
+    if (s.n > 0) s.mean = call.centered ? s.mean / s.n : 0, s.size /= s.n;
   counted([](Statistic& s, Wide v) { s.m2 += (v - s.mean) * (v - s.mean); });
   return all;
 }
@@ -123,7 +127,7 @@ Number derivative(Activation activation, const Number& pre) {
 class Plain {
  public:
   Plain(const Call& call, Inputs& inputs)
-      : c_(call), f_(call.fold), in_(inputs), own_(statistics(f_, in_.x.array(), in_.mask)) {
+      : c_(call), f_(call.fold), in_(inputs), own_(statistics(call, in_.x.array(), in_.mask)) {
     for (const Statistic& s : own_) {
       // Deviations are taken from a mean that is rounded.
       const Wide rounded = 4 * u_ * s.size,
@@ -134,7 +138,7 @@ class Plain {
 
   // In the order of run().
   std::vector<std::pair<const char*, Numbers>> results() {
-    moments(true);
+    if (c_.centered) moments(true);
     moments(false);
     merge();
     const auto given = [&] {
@@ -144,11 +148,11 @@ class Plain {
     given();
     normalize("normalize.y");
     for (const bool training : {true, false}) {
-      forward(training);
+      if (training || c_.evaluates()) forward(training);
       given();
       gradients();
       const Numbers none(own_.size());
-      input("backward.dx", training ? corrections(ux_) : none, training ? corrections(u_sum_) : none);
+      input("backward.dx", training ? corrections(ux_) : none, training && c_.centered ? corrections(u_sum_) : none);
       if (c_.residual) put("backward.dresidual", u_of_);
       put("backward.dweight", of_channels(ux_));
       put("backward.dbias", of_channels(u_sum_));
@@ -171,14 +175,16 @@ class Plain {
     return all;
   }
   Wide get(Tensor& t, size_t i) const { return t.array().get(int64_t(i)); }
-  size_t channel(size_t statistic) const { return statistic % size_t(f_.groups); }  // of rows and columns
+  size_t share() const { return size_t(f_.share()); }
+
+  Number mean_of(const Statistic& own) const { return c_.centered ? Number{own.mean, 2 * sum_ * own.size} : Number{}; }
 
   void moments(bool center) {
     Numbers n, mean, m2;
     for (size_t s = 0; s < own_.size(); ++s) {
       const Statistic& own = own_[s];
       n.push_back({own.n});
-      mean.push_back(center ? Number{own.mean, 2 * sum_ * own.size} : Number{});
+      mean.push_back(center ? mean_of(own) : Number{});
       m2.push_back(center ? Number{own.m2, m2_error_[s]} : Number{own.squares, 2 * sum_ * own.squares});
     }
     put("moments.count", n);
@@ -237,13 +243,13 @@ class Plain {
     };
     for (size_t s = 0; s < own_.size(); ++s) {
       const Statistic& own = own_[s];
-      const size_t c = channel(s);
+      const size_t c = s % size_t(f_.groups);
       if (training) {
         const Wide variance = own.n > 0 ? own.m2 / own.n : 0, error = own.n > 0 ? m2_error_[s] / own.n : 0;
         const Wide rstd = 1 / std::sqrt(variance + Wide(kEps));
-        mean_[s] = {own.mean, 2 * sum_ * own.size};
+        mean_[s] = mean_of(own);
         rstd_[s] = {rstd, rstd * (error / (variance + Wide(kEps)) + 0x1p-50L)};
-        if (own.n < 2) continue;
+        if (own.n < 2 || !c_.evaluates()) continue;
         step(mean[c], in_.running_mean.array().dtype, own.mean, mean_[s].error);
         step(var[c], in_.running_var.array().dtype, own.m2 / (own.n - 1), m2_error_[s] / (own.n - 1));
       } else {
@@ -252,9 +258,11 @@ class Plain {
         rstd_[s] = {rstd, rstd * 0x1p-50L};
       }
     }
-    put("forward.running_mean", mean);
-    put("forward.running_var", var);
-    put("forward.mean", mean_);
+    if (c_.evaluates()) {
+      put("forward.running_mean", mean);
+      put("forward.running_var", var);
+    }
+    if (c_.centered) put("forward.mean", mean_);
     put("forward.rstd", rstd_);
     normalize("forward.y");
   }
@@ -262,7 +270,7 @@ class Plain {
   void gradients() {
     u_of_.resize(size_t(f_.size()));
     x_hat_.resize(u_of_.size());
-    u_sum_.assign(own_.size(), {});
+    u_sum_.assign(own_.size() * share(), {});
     ux_ = u_sum_;
     each(f_, [&](const Element& e) {
       const Wide dy = get(in_.dy, e.at), x = get(in_.x, e.at);
@@ -271,17 +279,18 @@ class Plain {
       const Number u = u_of_[e.at] = {dy * d.value, std::abs(dy) * (d.error + u_ * std::abs(d.value))};
       const Wide size = rstd * (std::abs(x) + std::abs(mean));
       const Number x_hat = x_hat_[e.at] = {(x - mean) * rstd, 4 * u_ * size};
-      u_sum_[e.statistic].value += u.value;
-      u_sum_[e.statistic].error += u.error + sum_ * std::abs(u.value);
-      ux_[e.statistic].value += u.value * x_hat.value;
-      ux_[e.statistic].error += u.error * size + sum_ * std::abs(u.value) * size;
+      u_sum_[e.cell].value += u.value;
+      u_sum_[e.cell].error += u.error + sum_ * std::abs(u.value);
+      ux_[e.cell].value += u.value * x_hat.value;
+      ux_[e.cell].error += u.error * size + sum_ * std::abs(u.value) * size;
     });
   }
   Numbers weighted(const Numbers& sums) const {
-    Numbers all(sums);
-    for (size_t s = 0; s < all.size(); ++s) {
-      const Wide w = get(in_.weight, channel(s));
-      all[s] = {w * sums[s].value, std::abs(w) * sums[s].error};
+    Numbers all(own_.size());
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const Wide w = get(in_.weight, i % size_t(f_.channels()));
+      all[i / share()].value += w * sums[i].value;
+      all[i / share()].error += std::abs(w) * sums[i].error;
     }
     return all;
   }
@@ -296,9 +305,9 @@ class Plain {
   }
   Numbers of_channels(const Numbers& sums) const {
     Numbers all(size_t(f_.channels()));
-    for (size_t s = 0; s < sums.size(); ++s) {
-      all[channel(s)].value += sums[s].value;
-      all[channel(s)].error += sums[s].error;
+    for (size_t i = 0; i < sums.size(); ++i) {
+      all[i % all.size()].value += sums[i].value;
+      all[i % all.size()].error += sums[i].error;
     }
     return all;
   }
@@ -359,7 +368,7 @@ Inputs::Inputs(const Call& c)
     const size_t none = c.fold.batch > 1 ? size_t(c.fold.outer * c.fold.span) : 0;
     for (size_t i = 0; i < mask.size(); ++i) mask[i] = i >= none && i % 3 != 1;
   }
-  const std::vector<Statistic> all = statistics(c.fold, x.array(), mask);
+  const std::vector<Statistic> all = statistics(c, x.array(), mask);
   for (size_t s = 0; s < all.size(); ++s) {
     mean.doubles()[s] = double(all[s].mean);
     rstd.doubles()[s] = double(1 / std::sqrt((all[s].n > 0 ? all[s].m2 / all[s].n : 0) + Wide(kEps)));
@@ -387,10 +396,11 @@ std::vector<Output> run(const Backend& verbs, const Call& c, Inputs& in, int dev
   const EpilogueArgs epilogue{
       .activation = c.activation, .slope = kSlope, .residual = c.residual ? in.residual.array() : Array()};
   const Array x = in.x.array(), dy = in.dy.array(), weight = in.weight.array(), bias = in.bias.array();
-  const double *mean = in.mean.doubles(), *rstd = in.rstd.doubles();
+  const double *mean = c.centered ? in.mean.doubles() : nullptr, *rstd = in.rstd.doubles();
   const uint8_t* mask = c.masked ? in.mask.data() : nullptr;
 
-  for (const bool center : {true, false})
+  for (const bool center : {true, false}) {
+    if (center && !c.centered) continue;
     verbs.moments({.fold = f,
                    .x = x,
                    .mask = mask,
@@ -399,6 +409,7 @@ std::vector<Output> run(const Backend& verbs, const Call& c, Inputs& in, int dev
                    .mean = numbers("moments.mean", s),
                    .m2 = numbers("moments.m2", s),
                    .queue = queue()});
+  }
   verbs.merge({.before = 1,
                .axis = f.batch,
                .after = f.groups,
@@ -420,22 +431,27 @@ std::vector<Output> run(const Backend& verbs, const Call& c, Inputs& in, int dev
                    .queue = queue()});
 
   for (const bool training : {true, false}) {
-    verbs.forward({.fold = f,
-                   .x = x,
-                   .weight = weight,
-                   .bias = bias,
-                   .epilogue = epilogue,
-                   .mask = mask,
-                   .eps = kEps,
-                   .training = training,
-                   .running = {.mean = copied("forward.running_mean", in.running_mean),
-                               .var = copied("forward.running_var", in.running_var),
-                               .momentum = kMomentum,
-                               .counted = -1},
-                   .mean = numbers("forward.mean", s),
-                   .rstd = numbers("forward.rstd", s),
-                   .y = tensor("forward.y"),
-                   .queue = queue()});
+    if (training || c.evaluates()) {
+      RunningArgs running;
+      running.momentum = kMomentum;
+      if (c.evaluates()) {
+        running.mean = copied("forward.running_mean", in.running_mean);
+        running.var = copied("forward.running_var", in.running_var);
+      }
+      verbs.forward({.fold = f,
+                     .x = x,
+                     .weight = weight,
+                     .bias = bias,
+                     .epilogue = epilogue,
+                     .mask = mask,
+                     .eps = kEps,
+                     .training = training,
+                     .running = running,
+                     .mean = c.centered ? numbers("forward.mean", s) : nullptr,
+                     .rstd = numbers("forward.rstd", s),
+                     .y = tensor("forward.y"),
+                     .queue = queue()});
+    }
     verbs.backward({.fold = f,
                     .dy = dy,
                     .x = x,

@@ -37,8 +37,11 @@ struct Call {
   bool residual = false;
   bool extreme = false;  // one element whose square overflows
   bool masked = false;
+  bool centered = true;  // else there is no mean
   int64_t offset = 0, offset_of_outputs = 0;
 
+  // Running statistics go with one channel a statistic, and with a mean.
+  bool evaluates() const { return fold.share() == 1 && centered; }
   std::string name() const;
 };
 

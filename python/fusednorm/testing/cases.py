@@ -105,11 +105,6 @@ class Case:
         return self.norm in ("layer", "rms")
 
     @property
-    def on_cpu_only(self) -> bool:
-        """No CUDA kernel takes lines, nor groups of channels."""
-        return self.has_lines or self.norm in ("group", "weight")
-
-    @property
     def has_samples(self) -> bool:
         """Whether each sample has statistics of its own."""
         return self.norm in ("instance", "group", "switchable")
@@ -1261,7 +1256,13 @@ def _sample_cases() -> list[Case]:
         for layout in _layouts(2, channels, pixels)
     ]
     flat = [((37, 12), 1), ((5, 64), 1), ((1, 6), 1), ((64, 512), 1)]
-    large = [*_layouts(2, 3, 130, 130), *_layouts(3, 256, 14, 14), *_layouts(16, 64, 8, 8), *_layouts(1, 4, 40_000)]
+    large = [
+        *_layouts(2, 3, 130, 130),
+        *_layouts(3, 256, 14, 14),
+        *_layouts(16, 64, 8, 8),
+        *_layouts(1, 4, 40_000),
+        *_layouts(8, 64, 64, 64),
+    ]
     empty = [((0, 4, 3), 1), ((2, 4, 0), 1), ((2, 0, 3, 4), -1), ((2, 0, 4), -1)]
     far = [*_layouts(3, 4, 45, 45), *_layouts(2, 6, 1025)]
     tiny: dict[str, Any] = {"eps": 1e-12}
@@ -1348,7 +1349,14 @@ def _switchable_cases() -> list[Case]:
         return _case(shape, axis, norm="switchable", **options)
 
     layouts = [*_layouts(4, 6, 7, 9), *_layouts(3, 5, 33), *_layouts(2, 3, 4, 5, 6), ((6, 5, 4, 3), 0), ((37, 17), 1)]
-    few = [*_layouts(1, 6, 17), *_layouts(5, 1, 17), ((5, 6, 1), 1), ((1, 1, 2), 1), *_layouts(2, 3, 130, 130)]
+    few = [
+        *_layouts(1, 6, 17),
+        *_layouts(5, 1, 17),
+        ((5, 6, 1), 1),
+        ((1, 1, 2), 1),
+        *_layouts(2, 3, 130, 130),
+        *_layouts(8, 64, 64, 64),
+    ]
     far = _layouts(3, 4, 45, 45)
     return [
         *[
@@ -1393,7 +1401,18 @@ def _weight_cases() -> list[Case]:
     def weight(shape: tuple[int, ...], dim: int, **options: Any) -> Case:
         return _case(shape, dim, norm="weight", running=False, eps=0.0, **options)
 
-    shapes = [(7, 5), (64, 33), (16, 8, 3, 3), (3, 3, 8, 16), (2, 3, 4, 5, 6), (5,), (1, 1), (300, 1100), (3, 70001)]
+    shapes = [
+        (7, 5),
+        (64, 33),
+        (16, 8, 3, 3),
+        (3, 3, 8, 16),
+        (2, 3, 4, 5, 6),
+        (5,),
+        (1, 1),
+        (300, 700),
+        (3, 70001),
+        (1024, 1031),
+    ]
     return [
         *[
             weight(shape, dim, dtype=dtype, tags=("quick",) if len(shape) == 4 else ())
