@@ -155,7 +155,11 @@ def table(
         want = cases.expected(norm.case, inputs)
         bounds = cases.bounds(norm.case, inputs, want)
         saved = norm.forward()[1:]
-        names = norm.name, str(integers(norm.folds(norm.case.shape)[0])), ", ".join("×".join(map(str, a.shape)) for a in saved)
+        names = (
+            norm.name,
+            str(integers(norm.folds(norm.case.shape)[0])),
+            ", ".join("×".join(map(str, a.shape)) for a in saved),
+        )
         for which, result, call in (
             ("forward", "y", norm.forward),
             ("backward", "dx", partial(norm.backward, *saved)),
