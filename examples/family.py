@@ -240,14 +240,15 @@ def figure(family: Sequence[Norm], x: Array, v: Array, path: Path) -> None:
         "are mixed with it; dots: what shares a weight with the corner. Beneath: some channels of some images, before "
         "and after; gray is 0, white 3 times the root of the mean square."
     )
-    axes = drawing.subplots(4, 5, height_ratios=(1.1, 1, 1.1, 1))
-    places = [(axes[row, column], axes[row + 1, column]) for row in (0, 2) for column in range(5)]
     after = [(norm, norm.name, norm.forward()[0]) for norm in family]
-    for (above, below), (norm, name, y) in zip(
-        places, [(None, "the images", x), *after, (None, "the filters", v)], strict=True
-    ):
+    shown = [(None, "the images", x), *after, (None, "the filters", v)]
+    half = (len(shown) + 1) // 2
+    axes = drawing.subplots(4, half, height_ratios=(1.1, 1, 1.1, 1))
+    for each in axes.flat:
+        each.axis("off")
+    for i, (norm, name, y) in enumerate(shown):
         of_filters = y.shape == v.shape
-        above.axis("off")
+        above, below = axes[2 * (i // half) : 2 * (i // half) + 2, i % half]
         above.set_title(name)
         if norm:
             folds = norm.folds(DRAWN)
@@ -258,6 +259,7 @@ def figure(family: Sequence[Norm], x: Array, v: Array, path: Path) -> None:
         reach = 3 * np.sqrt(np.nanmean((some - center) ** 2))
         mosaic = some.swapaxes(1, 2).reshape(4 * some.shape[2], -1)
         below.imshow(mosaic, "gray", vmin=center - reach, vmax=center + reach)
+        below.axis("on")
         below.set(xticks=[], yticks=[], xlabel="channels", ylabel="filters" if of_filters else "images")
     drawing.savefig(path, dpi=100)
 
