@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -161,6 +162,19 @@ def test_bench_contenders_agree_in_every_dtype(dtype: str) -> None:
             for row in bench.measure(case, repeat=1):
                 assert row["wrong"] == [], row
                 assert row["ms"]
+
+
+@pytest.mark.parametrize("norm", sorted({case.norm for case in BENCH} - {"batch"}))
+def test_bench_contenders_agree_of_every_norm(norm: str) -> None:
+    """On the smallest of its cases, in both dtypes and layouts."""
+    pytest.importorskip("ml_dtypes")
+    listed = [case for case in BENCH if case.norm == norm]
+    least = min(case.size for case in listed)
+    for case in (case for case in listed if case.size == least):
+        for row in bench.measure(case, repeat=1):
+            assert not row["wrong"]
+            assert {"copy", "ours_out", "ours", "reference"} <= row["ms"].keys()
+            assert "torch" in row["ms"] or importlib.util.find_spec("torch") is None
 
 
 def test_bench_does_not_time_wrong_results(

@@ -147,6 +147,38 @@ def test_in_place(norm: str) -> None:
         assert_same_bits(dx, backward(inputs.dy, inputs.x)[0])
 
 
+def test_the_short_forms_are_the_forwards_y() -> None:
+    """In PyTorch's order, every argument passed on."""
+    x, weight, bias, logits = normal((4, 6, 5)), normal((6,)), normal((6,), seed=1), normal((2, 3))
+    mask, running = np.random.default_rng(0).random((4, 5)) < 0.7, (np.zeros(6), 1 + normal((6,), seed=2) ** 2)
+    x, g = np.moveaxis(x, 1, 0), normal((1, 4, 1))
+    saved = {"running_mean": running[0], "running_var": running[1], "eps": 0.1, "axis": 0}
+    given: list[tuple[Any, Any]] = [
+        (
+            lambda **out: fn.instance_norm(x, *running, weight, bias, False, 0.2, 0.1, axis=0, **out),
+            fn.instance_norm_forward(x, weight, bias, use_input_stats=False, **saved),
+        ),
+        (
+            lambda **out: fn.instance_norm(x, None, None, weight, bias, eps=0.1, axis=0, mask=mask, **out),
+            fn.instance_norm_forward(x, weight, bias, eps=0.1, axis=0, mask=mask),
+        ),
+        (
+            lambda **out: fn.group_norm(x, 2, weight, bias, 0.1, axis=0, mask=mask, **out),
+            fn.group_norm_forward(x, 2, weight, bias, 0.1, axis=0, mask=mask),
+        ),
+        (
+            lambda **out: fn.switchable_norm(x, *logits, *running, weight, bias, False, 0.2, 0.1, axis=0, **out),
+            fn.switchable_norm_forward(x, *logits, weight, bias, training=False, **saved),
+        ),
+        (lambda **out: fn.weight_norm(x, g, 1, **out), fn.weight_norm_forward(x, g, 1)),
+    ]
+    for short, (y, *_) in given:
+        out = np.empty_like(x)
+        assert short(out=out) is out
+        assert_same_bits(out, y)
+        assert_same_bits(short(), y)
+
+
 # Bits.
 
 
