@@ -47,7 +47,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """mypy --strict on the package."""
+    """mypy --strict on the package and the examples."""
     session.install(*LINT, "numpy", "ml_dtypes", "rich", "matplotlib", "threadpoolctl")
     session.run("mypy")
 

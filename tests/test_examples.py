@@ -1,0 +1,102 @@
+"""The examples run, and what they draw is what the library does."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from support import normal
+
+FAMILY = Path(__file__).parent.parent / "examples" / "family.py"
+NORMS = ("batch", "ghost batch", "layer", "instance", "group", "RMS", "switchable", "weight")
+
+
+def run(output: Path, missing: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """In an interpreter of its own, warnings as errors, without the libraries in `missing`."""
+    arguments = ["--skip-timing", f"--output={output}"]
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({missing!r})); sys.argv[1:] = {arguments!r}; "
+        f"runpy.run_path({str(FAMILY)!r}, run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def family() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("family", FAMILY)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["family"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_family_draws_and_tells(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = run(tmp_path / "drawn.png")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "drawn.png").stat().st_size > 50_000
+    assert all(f"\n  {norm} " in done.stdout or f"\n{norm} " in done.stdout for norm in NORMS)
+    assert "WRONG" not in done.stdout
+
+
+def test_family_needs_no_other_library(tmp_path: Path) -> None:
+    done = run(tmp_path / "drawn.png", ("matplotlib", "rich", "torch"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert all(f"\n{norm} " in done.stdout for norm in NORMS)
+    assert "pip install torch" in done.stdout
+    assert "pip install 'fusednorm[demo]'" in done.stdout
+    assert not (tmp_path / "drawn.png").exists()
+
+
+def test_wrong_results_have_no_time(family: ModuleType) -> None:
+    images, filters = ((normal(shape), normal(shape, seed=1)) for shape in (family.IMAGES, family.FILTERS))
+    (batch, *_) = family.norms(*images, *filters)
+    wrong = replace(batch, forward=lambda: (batch.forward()[0] + np.float32(1e-3), *batch.forward()[1:]))
+    with family.bench.Cpu(with_reference=False) as machine:
+        rows, right = family.table([wrong], images, filters, machine, timed=True)
+    assert not right
+    assert rows[0][4].endswith("WRONG")
+    assert rows[0][5:] == ["–"] * 3
+    assert not rows[1][4].endswith("WRONG")
+    assert "±" in rows[1][5]
+
+
+@pytest.mark.parametrize("index", range(len(NORMS)), ids=NORMS)
+def test_the_cubes_are_what_the_library_does(family: ModuleType, index: int) -> None:
+    """One element of x, far away from the others, changes what shares a statistic with it, and nothing else; one
+    element of dy is in the gradient of one weight."""
+    x, v = normal(family.IMAGES), normal(family.FILTERS, seed=1)
+
+    def of(x: Any, v: Any, dx: Any = None, dv: Any = None) -> Any:
+        return family.norms(x, np.zeros_like(x) if dx is None else dx, v, np.zeros_like(v) if dv is None else dv)[index]
+
+    norm = of(x, v)
+    assert norm.name == NORMS[index]
+    given = v if norm.name == "weight" else x
+    y, *saved = norm.forward()
+    for element in ((0, 0, 0, 0), tuple(n // 2 for n in given.shape), tuple(n - 1 for n in given.shape)):
+        folds = [family.statistic_and_channel(f, given.shape) for f in norm.folds(given.shape)]
+        shared = np.any([statistic == statistic[element] for statistic, _ in folds], axis=0)
+        far = given.copy()
+        far[element] += 1e4
+        moved = of(far, far).forward()[0] != y
+        assert not np.any(moved & ~shared)
+        # An element may round to the same, by chance.
+        assert np.count_nonzero(moved) > 0.999 * np.count_nonzero(shared)
+
+        only = np.zeros_like(given)
+        only[element] = 1
+        dweight = of(x, v, only, only).backward(*saved)[1]
+        assert np.flatnonzero(dweight).tolist() == [folds[0][1][element]]
