@@ -28,42 +28,60 @@ class LaneNumbers {
   static constexpr bool kSplit = Pack<T>::parts == 2 && Pack<T>::order(0, 1) == 2;
 
   // Room for a pack that begins at the last of n.
-  explicit LaneNumbers(int64_t n) : half_((n + 2 * Pack<T>::width) / 2), numbers_(2 * half_) {}
+  explicit LaneNumbers(int64_t n) : half_((n + 2 * Pack<T>::width) / 2), own_(2 * half_), all_(own_.get()) {}
+  // Those of an array, `absent` where there is none. They stay where they are if they are of the loops' type.
+  LaneNumbers(const Array& from, int64_t n, double absent) : LaneNumbers(kOwnType && is_own(from) ? 0 : n) {
+    if (kOwnType && is_own(from))
+      all_ = static_cast<R*>(from.data);
+    else
+      set(from, n, absent);
+  }
 
   // Where the i-th is among all().
-  FN_INLINE int64_t place(int64_t i) const { return kSplit ? i / 2 + (i & 1) * half_ : i; }
-  R& operator[](int64_t i) const { return numbers_[place(i)]; }
-  FN_INLINE R* at(int64_t i, int part) const {
-    return numbers_.get() + (kSplit ? place(i + part) : i + part * kLanes<R>);
-  }
+  FN_INLINE int64_t place(int64_t i) const { return place(i, 2 * half_); }
+  static FN_INLINE int64_t place(int64_t i, int64_t size) { return kSplit ? i / 2 + (i & 1) * (size / 2) : i; }
+  R& operator[](int64_t i) const { return all_[place(i)]; }
+  FN_INLINE R* at(int64_t i, int part) const { return all_ + (kSplit ? place(i + part) : i + part * kLanes<R>); }
   FN_INLINE V load(int64_t i, int part) const {
     V v;
     memcpy(&v, at(i, part), sizeof v);
     return v;
+  }
+  template <class There>
+  FN_INLINE V load(int64_t i, int part, There there) const {
+    if constexpr (kOwnType)
+      return FUSEDNORM_ISA::load(reinterpret_cast<const T*>(all_) + i, there).v[0];
+    else
+      return load(i, part);
   }
   FN_INLINE void add(int64_t i, int part, V more) const {
     const V sum = load(i, part) + more;
     memcpy(at(i, part), &sum, sizeof sum);
   }
   int64_t size() const { return 2 * half_; }
-  R* all() const { return numbers_.get(); }
+  static int64_t size(int64_t n) { return (n + 2 * Pack<T>::width) / 2 * 2; }
+  R* all() const { return all_; }
   void clear() const { memset(all(), 0, size_t(size()) * sizeof(R)); }
-  // Those of an array; `absent` where there is none.
+
+ private:
+  static constexpr bool kOwnType = sizeof(T) == sizeof(R);
+
+  static bool is_own(const Array& from) { return from && from.dtype == (sizeof(R) == 4 ? DType::f32 : DType::f64); }
   void set(const Array& from, int64_t n, double absent) const {
     if (!from) {
       for (int64_t i = 0; i < size(); ++i) all()[i] = R(absent);
       return;
     }
     clear();
-    if (!kSplit && from.dtype == (sizeof(R) == 4 ? DType::f32 : DType::f64))
+    if (!kSplit && is_own(from))
       memcpy(all(), from.data, size_t(n) * sizeof(R));
     else
       for (int64_t i = 0; i < n; ++i) (*this)[i] = R(from.get(i));
   }
 
- private:
   int64_t half_;
-  Scratch<R> numbers_;
+  Scratch<R> own_;
+  R* all_;
 };
 
 // x̂ = (x − hi)·rstd + shift of a line.
@@ -89,7 +107,7 @@ template <bool kAffine, class T>
     Lanes<T> v = load(x + i, there);
     for (int p = 0; p < Pack<T>::parts; ++p) {
       v.v[p] = fma(v.v[p] - a.hi, V{} + a.rstd, V{} + a.shift);
-      if constexpr (kAffine) v.v[p] = fma(v.v[p], weight.load(channel + i, p), bias.load(channel + i, p));
+      if constexpr (kAffine) v.v[p] = fma(v.v[p], weight.load(channel + i, p, there), bias.load(channel + i, p, there));
     }
     put(y + i, v, there, past);
   });
@@ -116,11 +134,8 @@ void forward_lines(const ForwardPass& pass, double* mean, double* rstd) {
   T* y = pass.y.template as<T>();
   const bool is_affine = y && (pass.weight || pass.bias), streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes;
   const int64_t lines = f.statistics(), each = kLineTaskElements / f.inner + 1, tasks = (lines + each - 1) / each;
-  const LaneNumbers<T> weight(is_affine ? f.channels() : 0), bias(is_affine ? f.channels() : 0);
-  if (is_affine) {
-    weight.set(pass.weight, f.channels(), 1);
-    bias.set(pass.bias, f.channels(), 0);
-  }
+  const int64_t channels = is_affine ? f.channels() : 0;
+  const LaneNumbers<T> weight(pass.weight, channels, 1), bias(pass.bias, channels, 0);
   const int64_t at_once = f.inner <= kLongSlab<T> ? kLanes<Real<T>> : 1;
   const auto statistics = [&](int64_t s, int64_t count, Moments* m) {
     if (f.inner <= kLongSlab<T>) return short_moments(x + s * f.inner, count, f.inner, pass.center, m);
@@ -176,7 +191,7 @@ template <int kLines, class T>
   D total[kLines][2][wide] = {};
   const auto step = [&](int64_t i, auto there, V(&s)[kLines], V(&q)[kLines]) FN_LAMBDA {
     V down[Pack<T>::parts] = {}, down_x[Pack<T>::parts] = {}, w[Pack<T>::parts];
-    for (int p = 0; p < Pack<T>::parts; ++p) w[p] = weight.load(channel + i, p);
+    for (int p = 0; p < Pack<T>::parts; ++p) w[p] = weight.load(channel + i, p, there);
 #pragma GCC unroll 4
     for (int k = 0; k < kLines; ++k) {
       const Lanes<T> g = load(dy + k * stride + i, there), v = load(x + k * stride + i, there);
@@ -221,7 +236,7 @@ template <class T>
     Lanes<T> v = load(x + i, there);
     for (int p = 0; p < Pack<T>::parts; ++p) {
       const V x_hat = fma(v.v[p] - a.hi, V{} + a.rstd, V{} + a.shift);
-      v.v[p] = fma(V{} + a.rstd, weight.load(channel + i, p) * g.v[p], fma(V{} + slope, x_hat, V{} + shift));
+      v.v[p] = fma(V{} + a.rstd, weight.load(channel + i, p, there) * g.v[p], fma(V{} + slope, x_hat, V{} + shift));
     }
     put(dx + i, v, there, past);
   });
@@ -237,9 +252,8 @@ void backward_lines(const BackwardPass& pass, double* u, double* ux) {
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   T* dx = pass.dx.template as<T>();
   const bool streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes;
-  const LaneNumbers<T> weight(channels);
-  weight.set(pass.weight, channels, 1);
-  const int64_t numbers = weight.size();
+  const LaneNumbers<T> weight(pass.weight, channels, 1);
+  const int64_t numbers = LaneNumbers<T>::size(channels);
   Scratch<double> part(pass.s12 ? shape.tiles * 2 * numbers : 0);
 
   const auto affine_of = [&](int64_t s) { return LineAffine<R>(pass.mean_of(s), pass.rstd[s]); };
@@ -302,8 +316,8 @@ void backward_lines(const BackwardPass& pass, double* u, double* ux) {
       for (int64_t c = i * some; c < (i + 1) * some && c < channels; ++c) {
         u[c] = ux[c] = 0;
         for (int64_t tile = 0; tile < shape.tiles; ++tile) {
-          u[c] += part[tile * 2 * numbers + weight.place(c)];
-          ux[c] += part[tile * 2 * numbers + numbers + weight.place(c)];
+          u[c] += part[tile * 2 * numbers + LaneNumbers<T>::place(c, numbers)];
+          ux[c] += part[tile * 2 * numbers + numbers + LaneNumbers<T>::place(c, numbers)];
         }
       }
     });
