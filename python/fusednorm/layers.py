@@ -80,7 +80,7 @@ class _Layer:
         if type(x) is not np.ndarray or self.device != "cpu":
             arrays.expect_on(self.device, x, "layer")
 
-    def _take_saved(self) -> Any:
+    def _last_call(self) -> Any:
         saved = getattr(self._saved, "call", None)
         if saved is None:
             raise RuntimeError("backward needs a call of the layer before it; each call's state serves one backward")
@@ -300,7 +300,7 @@ class BatchNorm(_Running):
 
         Raises RuntimeError where there was no call since the last backward.
         """
-        x, mean, rstd, batch_statistics, residual, mask = self._take_saved()
+        x, mean, rstd, batch_statistics, residual, mask = self._last_call()
         dx, dweight, dbias, *dresidual = functional.batch_norm_backward(
             dy,
             x,
@@ -405,7 +405,7 @@ class InstanceNorm(_Running):
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """dx; sets weight_grad and bias_grad. RuntimeError where there was no call since the last backward."""
-        x, mean, rstd, own, mask = self._take_saved()
+        x, mean, rstd, own, mask = self._last_call()
         dx, dweight, dbias = functional.instance_norm_backward(
             dy, x, mean, rstd, self._weight, self._bias, use_input_stats=own, axis=self.axis, mask=mask, out=out
         )
@@ -476,7 +476,7 @@ class GroupNorm(_Layer):
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """dx; sets weight_grad and bias_grad. RuntimeError where there was no call since the last backward."""
-        x, mean, rstd, mask = self._take_saved()
+        x, mean, rstd, mask = self._last_call()
         dx, dweight, dbias = functional.group_norm_backward(
             dy, x, mean, rstd, self._weight, self._bias, axis=self.axis, mask=mask, out=out
         )
@@ -539,7 +539,7 @@ class LayerNorm(_Layer):
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """dx; sets weight_grad and bias_grad. RuntimeError where there was no call since the last backward."""
-        x, mean, rstd = self._take_saved()
+        x, mean, rstd = self._last_call()
         dx, dweight, dbias = functional.layer_norm_backward(dy, x, mean, rstd, self._weight, self._bias, out=out)
         self._saved.call = None
         self.weight_grad = None if self._weight is None else dweight
@@ -585,7 +585,7 @@ class RMSNorm(_Layer):
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """dx; sets weight_grad. RuntimeError where there was no call since the last backward."""
-        x, rstd = self._take_saved()
+        x, rstd = self._last_call()
         dx, dweight = functional.rms_norm_backward(dy, x, rstd, self._weight, out=out)
         self._saved.call = None
         self.weight_grad = None if self._weight is None else dweight
@@ -679,7 +679,7 @@ class SwitchableNorm(_Running):
         """dx; sets weight_grad, bias_grad, mean_logits_grad and var_logits_grad. RuntimeError where there was no call
         since the last backward.
         """
-        x, (means, variances, rstd), of_batch = self._take_saved()
+        x, (means, variances, rstd), of_batch = self._last_call()
         dx, dweight, dbias, self.mean_logits_grad, self.var_logits_grad = functional.switchable_norm_backward(
             dy,
             x,
@@ -764,7 +764,7 @@ class WeightNorm(_Layer):
 
         v and g must be as they were in the call: take the optimizer's step afterwards.
         """
-        norm = self._take_saved()
+        norm = self._last_call()
         self._here(dw)
         dv, dg = functional.weight_norm_backward(dw, self._weight_v, self._weight_g, norm, self.dim)
         self._saved.call = None
