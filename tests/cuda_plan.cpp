@@ -50,7 +50,7 @@ void planned_lines(const Pass& pass, Device device, int64_t* out) {
   device.threads = device.threads < Pass::kLineThreads ? device.threads : Pass::kLineThreads;
   const LinePlan p = plan_of_lines<T>(pass, device);
   const int64_t all[] = {int64_t(p.team), p.threads, p.size,  p.teams, p.steps,  p.share,
-                         p.several,       p.sharers, p.lines, p.room,  p.shared, p.several ? kLinesAtOnce<T> : 1};
+                         p.several,       p.sharers, p.lines, p.room,  p.shared, p.several ? kLinesAtOnce<T, Pass> : 1};
   std::copy(std::begin(all), std::end(all), out);
 }
 template <class T>

@@ -103,10 +103,12 @@ PLANTS = {
     ),
     "scratch memory is too small": Plant("backend.cu", "int64_t(«kMaxParts») * device", "1", "grids", OVERRUN),
     "no barrier before the warps' parts of a line are read": Plant(
-        "lines.h", "«__syncthreads();»\n        p = unite(", ";", "clusters", WRONG | RACE
+        "lines.h", "«__syncthreads();»\n        p = unite<kMoments>(", ";", "clusters", WRONG | RACE
     ),
     "a line's parts are overwritten": Plant("lines.h", "«parity_ ^= 1;»", ";", "clusters", WRONG | RACE),
-    "a line's cluster does not wait": Plant("lines.h", "«sync_cluster();»\n        p = unite(", ";", "clusters", WRONG),
+    "a line's cluster does not wait": Plant(
+        "lines.h", "«sync_cluster();»\n        p = unite<kMoments>(", ";", "clusters", WRONG
+    ),
     "a block ends while its line's cluster reads": Plant(
         "lines.h",
         "«if (job.plan.team == Team::cluster) sync_cluster();»",
@@ -123,7 +125,7 @@ PLANTS = {
         "lines.h", "«if (!kAll && !(me.there(k) >> (part * some + i) & 1)) d = 0;»", ";", "clusters", WRONG
     ),
     "lines that are cut have no room": Plant(
-        "backend.cu", "f.statistics() * «most» * kSumsBytes", "0", "grids", OVERRUN
+        "backend.cu", "f.statistics() * «pieces» * kSumsBytes", "0", "grids", OVERRUN
     ),
     "a cell has a statistic of its own": Plant(
         "forward.h", "pass.given_rstd[«pass.share.divide(s)»]", "s", "clusters", {"plain": WRONG["plain"]} | OVERRUN

@@ -268,8 +268,8 @@ void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py
   const Vector w(weight, "weight", f.channels(), in), b(bias, "bias", f.channels(), in);
   const int64_t s = f.statistics();
   call(in, &Backend::normalize,
-       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in, false),
-                     statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
+       NormalizeArgs{f, in, statistics(mean, "mean", s, false, in, false), statistics(rstd, "rstd", s, false, in),
+                     w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                      tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
 }
@@ -316,8 +316,7 @@ void backward(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::h
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
-  const double *m = statistics(mean, "mean", s, false, in, false),
-               *r = statistics(rstd, "rstd", s, false, in);
+  const double *m = statistics(mean, "mean", s, false, in, false), *r = statistics(rstd, "rstd", s, false, in);
   expect(dw.array() && db.array(), "dweight and dbias must be given");
   call(in, &Backend::backward,
        BackwardArgs{f, tensor(dy, "dy", f.size(), false, &in), in, m, r, w.array(), b.array(),
@@ -338,9 +337,8 @@ void grad_sums(const Fold& f, py::handle dy, py::handle x, py::handle mean, py::
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in), dw(dweight, "dweight", c, in, true),
       db(dbias, "dbias", c, in, true);
   call(in, &Backend::grad_sums,
-       GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in,
-                    statistics(mean, "mean", s, false, in, false), statistics(rstd, "rstd", s, false, in),
-                    w.array(), b.array(),
+       GradSumsArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false, in, false),
+                    statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
                     epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                     statistics(s1, "s1", s, true, in), statistics(s2, "s2", s, true, in), dw.array(), db.array(),
                     queue_of(in, f, stream, scratch)});
@@ -356,9 +354,8 @@ void grad_input(const Fold& f, py::handle dy, py::handle x, py::handle mean, py:
   const int64_t c = f.channels(), s = f.statistics();
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   call(in, &Backend::grad_input,
-       GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in,
-                     statistics(mean, "mean", s, false, in, false), statistics(rstd, "rstd", s, false, in),
-                     w.array(), b.array(),
+       GradInputArgs{f, tensor(dy, "dy", f.size(), false, &in), in, statistics(mean, "mean", s, false, in, false),
+                     statistics(rstd, "rstd", s, false, in), w.array(), b.array(),
                      epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
                      statistics(cx, "cx", s, false, in, false), statistics(c0, "c0", s, false, in, false),
                      mask_of(mask, f, in), tensor(dx, "out", f.size(), true, &in),

@@ -11,7 +11,7 @@ template <class T>
 const Kernels kernels_of{
     {{forward<T, false, false>, forward<T, false, true>}, {forward<T, true, false>, forward<T, true, true>}},
     {{backward<T, false, false>, backward<T, false, true>}, {backward<T, true, false>, backward<T, true, true>}},
-    {forward_lines<T, 1, kLinePacks<T, ForwardPass>>, forward_lines<T, kLinesAtOnce<T>, 1>},
-    {backward_lines<T, 1, kLinePacks<T, BackwardPass>>, backward_lines<T, kLinesAtOnce<T>, 1>}};
+    {forward_lines<T, 1, kLinePacks<T, ForwardPass>>, forward_lines<T, kLinesAtOnce<T, ForwardPass>, 1>},
+    {backward_lines<T, 1, kLinePacks<T, BackwardPass>>, backward_lines<T, kLinesAtOnce<T, BackwardPass>, 1>}};
 
 }  // namespace fusednorm::cuda

@@ -14,11 +14,12 @@
 
 namespace fusednorm::cuda {
 
-template <class T>
-constexpr int kLinesAtOnce = sizeof(T) == 8 ? 2 : 4;  // short ones, of a thread
 // Packs that a thread has of a line. Backward has two tensors of them, and two sums for each element.
 template <class T, class Pass>
 constexpr int kLinePacks = std::is_same_v<Pass, BackwardPass> && sizeof(T) != 4 ? 2 : 4;
+// Or short lines, of a pack each.
+template <class T, class Pass>
+constexpr int kLinesAtOnce = sizeof(T) == 8 ? 2 : kLinePacks<T, Pass>;
 
 struct LineJob {
   LinePlan plan;
@@ -37,7 +38,7 @@ LinePlan plan_of_lines(const Pass& pass, const Device& device) {
                      .packs = (f.inner + width - 1) / width,
                      .span = f.span > 0 ? f.span : 1,
                      .each = kLinePacks<T, Pass>,
-                     .at_once = kLinesAtOnce<T>,
+                     .at_once = kLinesAtOnce<T, Pass>,
                      .merges = pass.takes_line_sums(),
                      .across = pass.takes_columns(),
                      .parameters = pass.line_parameters(),
@@ -129,6 +130,7 @@ class Sharer {
     }
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
+      apart();
       T one[width];
 #pragma unroll
       for (int i = 0; i < width; ++i) one[i] = bits >> (k * width + i) & 1 ? line[element<false>(k, i, lane)] : T{};
@@ -306,11 +308,11 @@ class Sharer {
     R* const to = parameters(which);
     const int64_t span = job.span.by;
     for (int i = int(thread()) * some; i < job.plan.room; i += int(blockDim.x) * some) {
-      const int first = channel(i), apart = job.vector ? 1 : job.plan.sharers;
+      const int first = channel(i), away = job.vector ? 1 : job.plan.sharers;
       int64_t c = 0, end = 0;  // of the channel
 #pragma unroll
       for (int j = 0; j < some; ++j) {
-        const int column = first + j * apart;
+        const int column = first + j * away;
         const int64_t element = group * fold.inner + begin() + column;
         if (element >= end) c = job.span.divide(element), end = (c + 1) * span;
         to[i + j] = !from || column >= limit_ ? R(which == 0) : R(to_real(from[c]));

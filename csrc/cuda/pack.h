@@ -61,6 +61,12 @@ FN_DEVICE T* anew(T* p) {
 #endif
   return p;
 }
+// What is read before it is not read after it, nor the other way around: registers are short.
+FN_DEVICE void apart() {
+#if defined(__CUDACC__)
+  asm volatile("" ::: "memory");
+#endif
+}
 FN_DEVICE uint32_t thread() { return anew(threadIdx.x); }
 
 // A division that may be wrong in its last digits.

@@ -41,7 +41,7 @@ struct ForwardPass {
   FN_INLINE bool takes_statistics() const { return !given_rstd && !evaluation; }
   // Threads that fit into an SM's registers: 96 for each, or 128 where residuals, masks and exponentials need them.
   static constexpr int resident(bool general) { return general ? 512 : 640; }
-  static constexpr int kLineThreads = 640;  // in lines.h
+  static constexpr int kLineThreads = 512;  // in lines.h
   // Epilogues that the plain kernel knows.
   bool is_plain() const { return epilogue.activation <= Activation::relu && !epilogue.residual && !mask; }
 
