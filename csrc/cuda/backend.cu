@@ -330,6 +330,7 @@ void run_lines(const Pass& pass, const Kernel<Pass, LineJob> (&kernels)[2], cons
   const Fold& f = pass.fold;
   char* const scratch = static_cast<char*>(queue.scratch);
   LineJob job{};
+  job.inverse_n = pass.fold.inner > 0 ? 1.0 / double(pass.fold.inner) : 0;
   job.columns = {scratch, DType::f64, queue.device};
   if (f.statistics() > 0) {
     const bool several = (f.inner + kWidth<T> - 1) / kWidth<T> <= kShortLine;

@@ -23,10 +23,11 @@ constexpr int kLinesAtOnce = sizeof(T) == 8 ? 2 : kLinePacks<T, Pass>;
 
 struct LineJob {
   LinePlan plan;
-  bool vector;    // packs are aligned; else neighbouring lanes take neighbouring elements
-  void* sums;     // out Sums [S][size], where a team's blocks do not meet; else null
-  Divisor span;   // elements that share a channel
-  Array columns;  // out [blocks][2][slots]: Σdy, Σdy·x̂ over a team's lines, of the channels that a block has part of
+  bool vector;       // packs are aligned; else neighbouring lanes take neighbouring elements
+  void* sums;        // out Sums [S][size], where a team's blocks do not meet; else null
+  Divisor span;      // elements that share a channel
+  double inverse_n;  // 1 / elements of a line
+  Array columns;     // out [blocks][2][slots]: Σdy, Σdy·x̂ over a team's lines, of the channels that a block has part of
 };
 
 template <class T, class Pass>
@@ -104,7 +105,6 @@ class Sharer {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) whole_ += __all_sync(kAllLanes, whole_ == k && there(k) == kWhole<T>);
     n = sum_near(R(__popc(bits_)), near());
-    inverse_ = limit_ > 0 ? 1 / double(limit_) : 0;
   }
 
   // Neighbouring lanes of a warp that share a line.
@@ -114,6 +114,11 @@ class Sharer {
   FN_DEVICE int64_t statistic(int64_t entry) const { return entry * fold.groups + group; }
   // Of elements of a line, the block's.
   FN_DEVICE double number() const { return limit_; }
+  // No register is spent on what only clusters must divide for.
+  FN_DEVICE double inverse_number() const {
+    if (job.plan.size == 1) return job.inverse_n;
+    return limit_ > 0 ? 1 / double(limit_) : 0;
+  }
   // Who writes down what is known of a line.
   FN_DEVICE bool speaks() const { return lane == 0 && rank == 0; }
 
@@ -206,9 +211,9 @@ class Sharer {
         LinePart* const all = line_parts() + parity_ * int(blockDim.x / kWarp);
         if (l == 0) all[thread() / kWarp] = p;
         __syncthreads();
-        p = unite<kMoments>(l < warps ? all[own * warps + l] : LinePart{}, center, inverse_, kWarp);
+        p = unite<kMoments>(l < warps ? all[own * warps + l] : LinePart{}, center, inverse_number(), kWarp);
       } else if (kMoments) {
-        p = unite<kMoments>(p, center, inverse_, 1);
+        p = unite<kMoments>(p, center, inverse_number(), 1);
       }
       if (job.plan.team == Team::cluster) {
         LinePart* const mine = line_parts() + 2 * int(blockDim.x / kWarp) + parity_;
@@ -223,7 +228,7 @@ class Sharer {
   // About its own mean, if there is to be one.
   FN_DEVICE LineSums<double> settled(const All& p, bool center) const {
     if constexpr (!kSeveral) return p;
-    return unite<true>({{double(p.pivot), double(p.s), double(p.q)}, double(n)}, center, inverse_, 1).sums;
+    return unite<true>({{double(p.pivot), double(p.s), double(p.q)}, double(n)}, center, inverse_number(), 1).sums;
   }
   // Before a block of a cluster ends: others may still read its parts.
   FN_DEVICE void end() const {
@@ -341,7 +346,6 @@ class Sharer {
 
   unsigned char* const shared_;
   int limit_;          // elements of a line that the block has
-  double inverse_;     // 1/limit_
   uint32_t bits_ = 0;  // element i of pack k, is it there: bit k·width + i
   int whole_ = 0;      // packs that every lane of the warp has all of
   int parity_ = 0;
@@ -391,7 +395,6 @@ __global__ void __launch_bounds__(ForwardPass::kLineThreads, 1)
   constexpr int some = kSome<T>, parts = kWidth<T> / some;
   FN_SHARED(unsigned char, shared);
   Sharer<T, kRows, kPacks> me(job, pass.fold, shared);
-  const double inverse_n = pass.fold.inner > 0 ? 1.0 / double(pass.fold.inner) : 0;
   if (pass.y) {
     me.take_parameters(0, pass.weight);
     me.take_parameters(1, pass.bias);
@@ -441,7 +444,7 @@ __global__ void __launch_bounds__(ForwardPass::kLineThreads, 1)
                                : Total{me.number(), p.pivot * unit, p.s * unit, p.q * squared, 1};
           continue;
         }
-        const double variance = p.q > 0 ? p.q * inverse_n : 0;
+        const double variance = p.q > 0 ? p.q * job.inverse_n : 0;
         mean = p.pivot * unit;
         rstd = Total::kScaled
                    ? double(scale[r]) * inverse_root(variance + pass.eps * double(scale[r]) * double(scale[r]))
