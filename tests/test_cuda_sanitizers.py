@@ -125,7 +125,7 @@ PLANTS = {
         "lines.h", "«if (!kAll && !(me.there(k) >> (part * some + i) & 1)) d = 0;»", ";", "clusters", WRONG
     ),
     "lines that are cut have no room": Plant(
-        "backend.cu", "f.statistics() * «pieces» * kSumsBytes", "0", "grids", OVERRUN
+        "backend.cu", "f.statistics() * «pieces» * kSumsBytes", "0", "grids", WRONG
     ),
     "a cell has a statistic of its own": Plant(
         "forward.h", "pass.given_rstd[«pass.share.divide(s)»]", "s", "clusters", {"plain": WRONG["plain"]} | OVERRUN

@@ -88,9 +88,9 @@ std::vector<Call> calls() {
       {.fold = {}, .activation = Activation::leaky_relu, .residual = true, .offset_of_outputs = 1},
   };
   std::vector<Call> all;
-  // Lines: several of a warp, a warp's, a block's, those of clusters or cut; sums across them in several chunks.
-  const Fold of_lines[] = {lines(37, 1, 8),   lines(13, 1, 37), lines(3, 1, 3000),  lines(5, 1, 300),
-                           lines(5, 2, 1000), lines(9, 2, 64),  lines(700, 1, 132), lines(2, 1, 5003)};
+  // Lines: those of clusters or cut, a warp's, several of a warp, a block's.
+  const Fold of_lines[] = {lines(3, 1, 3000), lines(13, 1, 37), lines(37, 1, 8),  lines(5, 1, 300),
+                           lines(5, 2, 1000), lines(9, 2, 64),  lines(9, 1, 132), lines(2, 1, 5003)};
   const Call line_kinds[] = {{.fold = {}},
                              {.fold = {}, .centered = false},
                              {.fold = {}, .offset = 1},
@@ -118,6 +118,8 @@ std::vector<Call> calls() {
   const Fold of_groups[] = {{5, 1, 3, 36, 9}, {70, 1, 1, 48, 16}, {3, 1, 2, 3000, 1500}, {9, 1, 2, 400, 2}};
   add(of_cells, cell_kinds);
   add(of_groups, line_kinds);
+  // So many lines a block that the sums across them go through several chunks.
+  all.push_back({.fold = lines(400, 1, 520)});
   // Columns and rows without a mean. A thread's packs in several chunks; a grid of two teams for seven slabs.
   all.push_back({.fold = rows(2, 3, 3, 50), .activation = Activation::relu, .centered = false});
   all.push_back({.fold = columns(1, 40, 20), .dtype = DType::bf16, .centered = false});
