@@ -26,8 +26,9 @@ DEVICES = {
     "grids": f"{SMALL},sms=3,cluster=1",
     "launches": f"{SMALL},sms=2,cluster=1,cooperative=0",
 }
-# In order, by priority and at random; ThreadSanitizer looks at what is ordered, whatever came first.
-SEEDS = {"plain": "012", "asan": "012", "tsan": "1"}
+# In order, by priority and at random. ThreadSanitizer looks at what is ordered, whatever came first; what is overrun is
+# so in any order.
+SEEDS = {"plain": "012", "asan": "1", "tsan": "1"}
 
 
 class Plant(NamedTuple):

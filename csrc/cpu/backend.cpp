@@ -44,8 +44,8 @@ bool as_lines(const Fold& f, const uint8_t* mask, const EpilogueArgs& epilogue) 
 void run_lines(const ForwardPass& pass, double* mean, double* rstd) {
   with_dtype(pass.x.dtype, [&](auto element) { forward_lines<decltype(element)>(pass, mean, rstd); });
 }
-void run_lines(const BackwardPass& pass, double* u, double* ux) {
-  with_dtype(pass.x.dtype, [&](auto element) { backward_lines<decltype(element)>(pass, u, ux); });
+void run_lines(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
+  with_dtype(pass.x.dtype, [&](auto element) { backward_lines<decltype(element)>(pass, dweight, dbias); });
 }
 
 void moments(const MomentsArgs& a) {
@@ -127,16 +127,19 @@ void forward(const ForwardArgs& a) {
 
 // Per-channel gradients: the batch entries' sums, in order.
 void parameter_gradients(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
-  const Fold& f = pass.fold;
-  for (int64_t c = 0; c < pass.channels; ++c) {
-    double u = 0, ux = 0;
-    for (int64_t s = c / pass.share, cell = c; s < f.statistics(); s += f.groups, cell += pass.channels) {
-      const double lo = pass.x.dtype == DType::f64 ? pass.lo<double>(s) : pass.lo<float>(s);
-      u += pass.found[cell].u;
-      ux += pass.found[cell].ux(lo, pass.rstd[s]);
+  const Scratch<double> u(pass.channels), ux(pass.channels);
+  for (int64_t c = 0; c < pass.channels; ++c) u[c] = ux[c] = 0;
+  for (int64_t s = 0, cell = 0, c = 0; s < pass.fold.statistics(); ++s) {
+    const double lo = pass.x.dtype == DType::f64 ? pass.lo<double>(s) : pass.lo<float>(s);
+    for (const int64_t end = cell + pass.share; cell < end; ++cell, ++c) {
+      if (c == pass.channels) c = 0;
+      u[c] += pass.found[cell].u;
+      ux[c] += pass.found[cell].ux(lo, pass.rstd[s]);
     }
-    dweight.set(c, ux);
-    dbias.set(c, u);
+  }
+  for (int64_t c = 0; c < pass.channels; ++c) {
+    dweight.set(c, ux[c]);
+    dbias.set(c, u[c]);
   }
 }
 
@@ -147,20 +150,9 @@ void clear_gradients(const Fold& f, const Array& dweight, const Array& dbias) {
   }
 }
 
-// A line's elements are channels: there are no cells.
-void run_lines_sums(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
-  const int64_t channels = pass.fold.channels();
-  Scratch<double> u(channels), ux(channels);
-  run_lines(pass, u.get(), ux.get());
-  for (int64_t c = 0; c < channels; ++c) {
-    dweight.set(c, ux[c]);
-    dbias.set(c, u[c]);
-  }
-}
-
 // Of a pass with s12, but without cells as yet.
 void run_sums(BackwardPass pass, const EpilogueArgs& epilogue, const Array& dweight, const Array& dbias) {
-  if (as_lines(pass.fold, pass.mask, epilogue)) return run_lines_sums(pass, dweight, dbias);
+  if (as_lines(pass.fold, pass.mask, epilogue)) return run_lines(pass, dweight, dbias);
   const Scratch<GradSums> found(pass.fold.cells().statistics());
   pass.found = found.get();
   run(pass, epilogue);
@@ -188,7 +180,7 @@ void grad_input(const GradInputArgs& a) {
   if (a.fold.size() == 0) return;
   const BackwardPass pass{a.fold,  a.dy, a.x,  a.mean,         a.rstd, a.weight, a.bias, nullptr,
                           nullptr, a.cx, a.c0, !a.cx && !a.c0, a.mask, nullptr,  a.dx,   a.dresidual};
-  if (as_lines(a.fold, a.mask, a.epilogue)) return run_lines(pass, nullptr, nullptr);
+  if (as_lines(a.fold, a.mask, a.epilogue)) return run_lines(pass, {}, {});
   run(pass, a.epilogue);
 }
 

@@ -278,9 +278,9 @@ FN_INLINE void to_columns(const D* vectors, int64_t columns, double* out) {
         if (j < columns) out[j] = vectors[vector][lane % kLanes<double>];
       }
 }
-// Fills the registers of the columns [begin, end), which begin at the channel `turn`: of(channel, count, to) finds those
-// of each channel once, which are kept in `own` [groups]; set(register, part, lane, own) hands it to its lanes. Lanes beyond the last
-// column are filled too.
+// Fills the registers of the columns [begin, end), which begin at the channel `turn`: of(channel, count, to) finds
+// those of each channel once, which are kept in `own` [groups]; set(register, part, lane, own) hands it to its lanes.
+// Lanes beyond the last column are filled too.
 template <class T, class Coefficients, class Of, class Set>
 FN_INLINE void fill_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t begin, int64_t end, Coefficients* own,
                           Of&& of, Set&& set) {
@@ -535,23 +535,22 @@ void forward_columns(const E& e, const ForwardPass& pass) {
       n += more;
     }
     for (int64_t first = at.begin; first < at.end && first < f.groups; first += pass.share) {
-      Moments m = {n, mean[first], m2[first]};
+      Moments m;
       if (shape.repeat == 1 && pass.share > 1) {  // as many numbers in each column
         double offset = 0, within = 0, between = 0;
-        for (int64_t c = first; c < first + pass.share; ++c) offset += mean[c] - m.mean;
-        const double all = m.mean + offset / double(pass.share);
+        for (int64_t c = first; c < first + pass.share; ++c) offset += mean[c] - mean[first];
+        const double all = mean[first] + offset / double(pass.share);
         for (int64_t c = first; c < first + pass.share; ++c) {
           within += m2[c];
           between += (mean[c] - all) * (mean[c] - all);
         }
-        pass.found[(at.b * f.groups + first) / pass.share] = {n * double(pass.share), all, within + n * between};
-        continue;
-      }
-      m = Moments();
-      for (int64_t c = first; c < first + pass.share; ++c) {
-        for (int64_t j = c; j < at.end; j += f.groups) m.merge({n, mean[j], m2[j]});
-        const int64_t last = shape.tiles * shape.columns + c;
-        if (shape.rest) m.merge({double(shape.rest), mean[last], m2[last]});
+        m = {n * double(pass.share), all, within + n * between};
+      } else {
+        for (int64_t c = first; c < first + pass.share; ++c) {
+          for (int64_t j = c; j < at.end; j += f.groups) m.merge({n, mean[j], m2[j]});
+          const int64_t last = shape.tiles * shape.columns + c;
+          if (shape.rest) m.merge({double(shape.rest), mean[last], m2[last]});
+        }
       }
       pass.found[(at.b * f.groups + first) / pass.share] = m;
     }
@@ -638,7 +637,6 @@ void backward_columns(const E& e, const BackwardPass& pass) {
           to.scale[lane] = one.scale;
           to.slope[lane] = one.slope;
           to.shift[lane] = one.shift;
-          to.pre_scale[lane] = one.pre_scale;
           to.pre_shift[lane] = one.pre_shift;
         });
   };

@@ -41,14 +41,14 @@ struct PackAffine {
 template <class R>
 struct GradCoefficients {
   R hi, rstd, scale, slope, shift;  // GradAffine
-  R pre_scale, pre_shift;           // Affine, for the activation's derivative
+  R pre_shift;                      // Affine's, for the activation's derivative; the scale is the same
 };
 template <class T>
 struct PackGrad {
   using V = Vector<Real<T>>;
   using One = GradCoefficients<Real<T>>;
   struct {
-    V hi, rstd, scale, slope, shift, pre_scale, pre_shift;
+    V hi, rstd, scale, slope, shift, pre_shift;
   } part[Pack<T>::parts];
 
   template <class Lanes>
@@ -56,7 +56,7 @@ struct PackGrad {
     PackGrad pack;
     for (int p = 0; p < Pack<T>::parts; ++p)
       pack.part[p] = {lanes(p, &One::hi),    lanes(p, &One::rstd),      lanes(p, &One::scale),    lanes(p, &One::slope),
-                      lanes(p, &One::shift), lanes(p, &One::pre_scale), lanes(p, &One::pre_shift)};
+                      lanes(p, &One::shift), lanes(p, &One::pre_shift)};
     return pack;
   }
 };
@@ -159,11 +159,10 @@ struct BackwardPass {
         x_hat = -s12[s].uz / n;
         one = mean ? -s12[s].u / n : 0;
       }
+      const GradAffine<R> g = fusednorm::grad_affine<R>(mean_of(s), rstd[s], 1, x_hat, one);
       for (; left > 0 && k < count; --left, ++k) {
-        const double w = weight.get_or(c, 1);
-        const Affine<R> a = fusednorm::affine<R>(mean_of(s), rstd[s], w, bias.get_or(c, 0));
-        const GradAffine<R> g = fusednorm::grad_affine<R>(mean_of(s), rstd[s], w, x_hat, one);
-        to[k] = {g.hi, g.rstd, g.scale, g.slope, g.shift, a.scale, a.shift};
+        const Affine<R> a = fusednorm::affine<R>(mean_of(s), rstd[s], weight.get_or(c, 1), bias.get_or(c, 0));
+        to[k] = {g.hi, g.rstd, a.scale, g.slope, g.shift, a.shift};
         if (++c == channels) c = 0;
       }
     }
@@ -262,7 +261,7 @@ FN_INLINE GradPack<T> load_grad_pack(const E& e, const T* dy, const T* x, int64_
     const auto& c = g.part[p];
     auto &u = at.u.v[p], &z = at.z.v[p];
     z = z - c.hi;
-    if constexpr (E::kNeedsPre) u = e.gradient(u, e.pre(z, c.pre_scale, c.pre_shift, added.v[p]));
+    if constexpr (E::kNeedsPre) u = e.gradient(u, e.pre(z, c.scale, c.pre_shift, added.v[p]));
     z = z * c.rstd;
   }
   return at;

@@ -8,6 +8,9 @@
 //
 // Fused: a thread takes a whole slab, and the second sweep finds x in cache; memory is read once. Where there are too
 // few slabs for the threads, the tiles are shared instead, with a barrier between the sweeps.
+//
+// Where a slab's runs lie apart, what comes next is fetched ahead. A slab of one run is left to the hardware, which does
+// that by itself: instructions on top made it slower, by half where it lies in L3.
 #pragma once
 
 #include "cpu/passes.h"
@@ -39,6 +42,7 @@ class RowTree {
     runs_ = pieces_ > 1 || inner_ > kChunk / 2 ? 1 : kChunk / inner_ < 32 ? kChunk / inner_ : 32;
     chunks_ = pieces_ > 1 ? outer_ * pieces_ : (outer_ + runs_ - 1) / runs_;
   }
+  bool one_run() const { return outer_ == 1; }
   int64_t tiles() const { return (chunks_ + kTile - 1) / kTile; }
   int64_t chunk_begin(int64_t tile) const { return tile * kTile; }
   int64_t chunk_end(int64_t tile) const { return tile * kTile + kTile < chunks_ ? tile * kTile + kTile : chunks_; }
@@ -52,6 +56,9 @@ class RowTree {
     const int64_t run = c / pieces_, start = c % pieces_ * length_, left = inner_ - start;
     return {run * stride_ + start, 0, 1, left < length_ ? left : length_};
   }
+  // Elements from chunk c to the next, to fetch ahead; 0: none.
+  FN_INLINE int64_t ahead(int64_t c) const { return one_run() ? 0 : chunk(c + 1).offset - chunk(c).offset; }
+  FN_INLINE int64_t ahead_of_writes(int64_t item) const { return one_run() ? 0 : kAheadBytes / item; }
 
   // The tile's elements in runs as long as they get.
   template <class Call>
@@ -272,7 +279,6 @@ template <class T>
     for (int slab = 0; slab < some; ++slab) {
       V s[2] = {}, q[2] = {};
       sweep_short<T>(slab * length, length, [&](int64_t i, int slot, auto there) FN_LAMBDA {
-        prefetch(first + i + kAheadBytes / int64_t(sizeof(T)));
         const Lanes<T> v = load(first + i, there);
         for (int p = 0; p < Pack<T>::parts; ++p) {
           const V d = live<T>(v.v[p] - hi[slab], p, there);
@@ -311,8 +317,6 @@ template <class E, class T>
       const PackGrad<T> g = all_lanes<PackGrad<T>>(own[from + slab]);
       V s[2] = {}, q[2] = {};
       sweep_short<T>((from + slab) * length, length, [&](int64_t i, int slot, auto there) FN_LAMBDA {
-        prefetch(x + i + kAheadBytes / int64_t(sizeof(T)));
-        prefetch(dy + i + kAheadBytes / int64_t(sizeof(T)));
         const GradPack<T> at = load_grad_pack(e, dy, x, i, g, there);
         for (int p = 0; p < Pack<T>::parts; ++p) {
           const V u = live<T>(at.u.v[p], p, there);
@@ -381,8 +385,9 @@ FN_INLINE void sweep_neighbours(const T* out, int64_t count, int64_t length, con
 }
 
 template <class E, class T>
-[[gnu::noinline]] void apply_runs(const E& e, const T* x, T* y, const Runs& runs, const PackAffine<T>& a, bool streamed,
+[[gnu::noinline]] void apply_runs(const E& e, const T* x, T* y, const Runs& runs, const PackAffine<T>& given, bool streamed,
                                   int64_t ahead) {
+  const PackAffine<T> a = given;  // in registers: stores may alias what a reference names
   for (int64_t k = 0; k < runs.count; ++k) {
     const int64_t at = runs.offset + k * runs.stride;
     sweep_out(y + at, runs.length, streamed, [&](int64_t j, auto there, bool past) FN_LAMBDA {
@@ -403,7 +408,8 @@ template <class E, class T>
 
 template <bool kConstant, class E, class T>
 [[gnu::noinline]] void grad_runs(const E& e, const T* dy, const T* x, const GradOut<T>& out, const Runs& runs,
-                                 const PackGrad<T>& g, bool streamed, int64_t ahead) {
+                                 const PackGrad<T>& given, bool streamed, int64_t ahead) {
+  const PackGrad<T> g = given;
   for (int64_t k = 0; k < runs.count; ++k) {
     const int64_t at = runs.offset + k * runs.stride;
     sweep_out(out.dx + at, runs.length, streamed && out.alike(), [&](int64_t j, auto there, bool past) FN_LAMBDA {
@@ -436,8 +442,9 @@ struct RowPlan {
   RowPlan(const Fold& f, int64_t share, int64_t item, int64_t tensors, bool stores) {
     const int64_t slabs = f.statistics();
     streamed = stores && f.size() * item >= kStreamBytes;
-    const bool contiguous = f.outer == 1 && f.span * item < kNeighbourBytes;
-    neighbours = stores && (contiguous || (f.span * item < kShortRunBytes && f.size() * item >= kNeighboursFrom));
+    const int64_t run = f.span * item;
+    const bool contiguous = f.outer == 1 && run < kNeighbourBytes;  // one after the other, as memory lies
+    neighbours = stores && (contiguous || (run < kShortRunBytes && f.size() * item >= kNeighboursFrom));
     block = 1;
     if (neighbours || contiguous) {
       block = kNeighbourBytes / (f.inner * item);
@@ -520,9 +527,9 @@ FN_INLINE void sum_block(const RowTree& tree, int64_t count, int64_t slab_distan
     for (int64_t k = 0; k < count; ++k) of_tile[k] = Sum();
     for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
       const Runs r = tree.chunk(c);
-      const int64_t next = tree.chunk(c + 1).offset - r.offset;
+      const int64_t next = tree.ahead(c);
       for (int64_t k = 0; k < count; ++k)
-        chunk(k, r, k + 1 < count ? slab_distance : next - k * slab_distance, of_tile[k]);
+        chunk(k, r, next == 0 ? 0 : k + 1 < count ? slab_distance : next - k * slab_distance, of_tile[k]);
     }
     for (int64_t k = 0; of_tile == part && k < count; ++k) total[k].merge(part[k]);
   }
@@ -531,8 +538,7 @@ template <class Sum, class Chunk>
 FN_INLINE Sum sum_tile(const RowTree& tree, int64_t tile, Chunk&& chunk) {
   Sum sum;
   for (int64_t c = tree.chunk_begin(tile), end = tree.chunk_end(tile); c < end; ++c) {
-    const Runs r = tree.chunk(c);
-    chunk(r, tree.chunk(c + 1).offset - r.offset, sum);
+    chunk(tree.chunk(c), tree.ahead(c), sum);
   }
   return sum;
 }
@@ -550,7 +556,6 @@ void normalize_rows(const E& e, const ForwardPass& pass) {
   const Fold f = pass.fold.cells();
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
-  const int64_t ahead = kAheadBytes / int64_t(sizeof(T));
   const bool streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes;
   // A task: some neighbours, or a piece of one run.
   int64_t neighbours = kWriteElements / f.inner;
@@ -571,7 +576,7 @@ void normalize_rows(const E& e, const ForwardPass& pass) {
       const int64_t count = f.groups - g < neighbours ? f.groups - g : neighbours;
       const int64_t start = (o * f.groups + g) * f.inner + piece * length, left = f.inner - piece * length;
       apply_neighbours(e.at(start), x + start, y + start, count, length < left ? length : left,
-                       affine.get() + o / f.outer * f.groups + g, streamed, ahead);
+                       affine.get() + o / f.outer * f.groups + g, streamed, 0);
     });
     stream_fence();
   });
@@ -600,11 +605,11 @@ void forward_rows(const E& e, const ForwardPass& pass) {
     tree.segments(tile, [&](const Runs& runs) {
       channel_runs(f, runs, [&](int64_t channel, const Runs& r) {
         const auto a = all_lanes<PackAffine<T>>(pass.affine<Real<T>>(s * pass.share + channel));
-        apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, kAheadBytes / int64_t(sizeof(T)));
+        apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, tree.ahead_of_writes(sizeof(T)));
       });
     });
   };
-  const int64_t next = f.outer == 1 ? kAheadBytes / int64_t(sizeof(T)) : -row;  // what is written after this
+  const int64_t next = tree.one_run() ? 0 : -row;  // what is written after this
   const auto apply_block = [&](const RowBlock& block) {
     Affine<Real<T>> a[kMaxBlock];
     const int64_t cells = block.count * pass.share;
@@ -677,7 +682,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
     short_grad_sums(e.at(slab), dy + slab, x + slab, count, f.inner, own, found);
   };
   const auto write_runs = [&](int64_t slab, const Runs& r, const PackGrad<T>& g, bool corrected) {
-    const int64_t ahead = backwards ? -f.inner : kAheadBytes / int64_t(sizeof(T));
+    const int64_t ahead = backwards ? -f.inner : tree.ahead_of_writes(sizeof(T));
     if (corrected)
       grad_runs<false>(e.at(slab), dy + slab, x + slab, out.at(slab), r, g, plan.streamed, ahead);
     else
@@ -692,7 +697,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
       counted_runs(pass.mask, f, s, r, [&](const Runs& some, bool counted) { write_runs(slab, some, g, counted); });
     });
   };
-  const int64_t next = f.outer == 1 ? kAheadBytes / int64_t(sizeof(T)) : -row;  // what is written after this
+  const int64_t next = tree.one_run() ? 0 : -row;  // what is written after this
   const auto write_block = [&](const RowBlock& block) {
     GradCoefficients<Real<T>> g[kMaxBlock];
     pass.coefficients(block.first, block.count, false, g);

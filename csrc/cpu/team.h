@@ -13,7 +13,7 @@ namespace {
 
 // Elements read. A smaller share is done by one thread about as soon, and cannot wait for a thread that lost its core
 // to another pool.
-constexpr int64_t kElementsPerThread = 1 << 17;
+constexpr int64_t kElementsPerThread = 1 << 15;
 
 FN_INLINE int threads_for(int64_t elements, int64_t tasks) {
   int64_t n = threads();
@@ -26,13 +26,14 @@ struct Team {
   int size = 1, rank = 0;
 
   // Every member calls it; all tasks are done when it returns. A member's first tasks are the same in each call, so that
-  // it finds what it wrote the last time in its own cache. The last quarter goes to who comes free, some at a time, since
-  // cores that take turns at a counter, and at the results of neighbouring tasks, wait for each other.
+  // it finds what it wrote the last time in its own cache. The last quarter of many goes to who comes free, some at a
+  // time, since cores that take turns at a counter, and at the results of neighbouring tasks, wait for each other.
   template <class Task>
   FN_INLINE void each(int64_t tasks, Task&& task) const {
 #if defined(_OPENMP)
     if (size > 1) {
-      const int64_t own = tasks * 3 / 4 / size, some = tasks / (32 * size) > 0 ? tasks / (32 * size) : 1;
+      const int64_t own = (tasks < 8 * size ? tasks : tasks * 3 / 4) / size;
+      const int64_t some = tasks / (32 * size) > 0 ? tasks / (32 * size) : 1;
       for (int64_t i = rank * own; i < rank * own + own; ++i) task(i);
 #pragma omp for schedule(dynamic, some)
       for (int64_t i = own * size; i < tasks; ++i) task(i);

@@ -1045,16 +1045,24 @@ def weight_norm_backward(
 def _lengths(v: Array, g: Array, dim: int | None) -> tuple[int | None, Array, float]:
     """`dim` from the first axis on, g/√n and √n: weight norm is RMS norm, ``w = (g/√n)·v/√(Σv²/n)``."""
     v, g = arrays.taken(v, "v"), arrays.taken(g, "g")
-    operands.floating("v", v.dtype)
-    operands.floating("g", g.dtype)
-    if dim is not None and not -v.ndim <= dim < v.ndim:
-        raise np.exceptions.AxisError(dim, v.ndim)
-    dim = None if dim is None else dim % v.ndim
-    expected = () if dim is None else tuple(n if a == dim else 1 for a, n in enumerate(v.shape))
+    dim, expected, root = _shape_of_lengths(v.shape, dim)
     if g.shape != expected:
         raise ValueError(f"g must have shape {expected}, got {g.shape}")
-    root = math.sqrt(max(v.size // max(g.size, 1), 1))
+    operands.floating("v", v.dtype)
+    operands.floating("g", g.dtype)
     return dim, g.reshape(-1).astype(np.float64) / root, root
+
+
+@lru_cache(maxsize=4096)
+def _shape_of_lengths(shape: _Shape, dim: int | None) -> tuple[int | None, _Shape, float]:
+    """`dim` from the first axis on, g's shape and the root of the number of elements that a length is over."""
+    if dim is None:
+        return None, (), math.sqrt(max(math.prod(shape), 1))
+    if not -len(shape) <= dim < len(shape):
+        raise np.exceptions.AxisError(dim, len(shape))
+    dim %= len(shape)
+    rest = math.prod(n for a, n in enumerate(shape) if a != dim)
+    return dim, tuple(n if a == dim else 1 for a, n in enumerate(shape)), math.sqrt(max(rest, 1))
 
 
 @arrays.on_its_device
