@@ -146,7 +146,7 @@ struct Block {
   unsigned rank = 0;                     // among them
   char* dynamic = nullptr;
   size_t dynamic_size = 0;
-  char ended;
+  char began, ended;
 
   Block();
   ~Block();
@@ -164,8 +164,10 @@ struct Grid {
   unsigned long spins = 0;   // turns given away since somebody got on
   unsigned long events = 0;  // changes of the running thread
   char ended;
-  std::vector<void*> dead;  // ThreadSanitizer's fibers: one that is made anew would pass for the old one
+  std::vector<void*> used;  // ThreadSanitizer's fibers: one that serves two threads of a launch would pass for one
 }* grid;
+
+std::vector<void*> spare;  // used ones of earlier launches: to make one takes as long as thousands of its instructions
 
 Block* block;  // that runs
 ucontext_t birth_place;
@@ -247,6 +249,7 @@ void live() {
   if (!__builtin_setjmp(f.jump)) swapcontext(&unused, &birth_place);
   if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
   for (;;) {
+    acquire(&f.block->began);
     grid->thread();
     release(&grid->ended);
     release(&f.block->ended);
@@ -327,6 +330,7 @@ void set_up(Block& b) {
   b.dynamic = static_cast<char*>(std::malloc(l.shared));
   b.dynamic_size = l.shared;
   std::memset(b.dynamic, kPoison, l.shared);
+  release(&b.began);
   uint64_t warp = 0;
   for (unsigned t = 0; t < b.threads; ++t) {
     Fiber& f = b.fibers[t];
@@ -337,9 +341,11 @@ void set_up(Block& b) {
     if (t % 32 == 0) warp = grid->random() >> 40;
     f.priority = seed == 1 ? b.threads - t : warp * 32 + grid->random() % 32;
     if (__tsan_create_fiber) {
-      f.tsan = __tsan_create_fiber(0);
+      if (spare.empty()) spare.push_back(__tsan_create_fiber(0));
+      f.tsan = spare.back();
+      spare.pop_back();
       __tsan_set_fiber_name(f.tsan, ("CUDA " + name(f)).c_str());
-      grid->dead.push_back(f.tsan);
+      grid->used.push_back(f.tsan);
     }
     b.ready.push_back(&f);
   }
@@ -459,18 +465,20 @@ std::string run(const Launch& l, const std::function<void()>& thread) {
     if (__tsan_create_fiber) {
       for (Block* b : blocks) delete b;
       blocks.clear();
-      if (g.dead.size() > 4000)
-        for (; !g.dead.empty(); g.dead.pop_back()) __tsan_destroy_fiber(g.dead.back());
+      if (g.used.size() > 4000) spare.swap(g.used);
     }
     if (!g.error.empty()) break;
   }
-  for (void* f : g.dead) {
-    if (!g.error.empty()) {  // what they did before the error is done
-      void* here = __tsan_get_current_fiber();
-      __tsan_switch_to_fiber(f, 1);
-      release(&g.ended);
-      __tsan_switch_to_fiber(here, 1);
+  for (void* f : g.used) {
+    if (g.error.empty()) {
+      spare.push_back(f);
+      continue;
     }
+    // What they did before the error is done; they stand where they failed.
+    void* here = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(f, 1);
+    release(&g.ended);
+    __tsan_switch_to_fiber(here, 1);
     __tsan_destroy_fiber(f);
   }
   acquire(&g.ended);
