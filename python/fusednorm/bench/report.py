@@ -23,6 +23,8 @@ def label(row: Row) -> str:
         parts.insert(1, "last")
     if row["norm"] != "batch":
         parts.insert(0, row["norm"])
+    if row.get("ghost_batch_size"):  # which older results lack
+        parts.append(f"ghosts of {row['ghost_batch_size']}")
     if row["residual"]:
         parts.append("+ residual")
     if row["activation"]:

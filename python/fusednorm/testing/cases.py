@@ -1445,8 +1445,8 @@ RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024
 
 
 def _bench_cases() -> list[Case]:
-    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. The
-    other norms."""
+    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. Ghost
+    batches. The other norms."""
     resnet = [layout for channels, side in RESNET for layout in _layouts(32, channels, side, side)]
     flat: list[tuple[tuple[int, ...], int]] = [((4096, 1024), 1), ((256, 512), 1), ((64, 32), 1)]
     odd = [*_layouts(32, 3, 224, 224), *_layouts(32, 65, 56, 56)]
@@ -1468,6 +1468,7 @@ def _bench_cases() -> list[Case]:
             (False, True),
         )
     ]
+    ghosts = [((256, 512), 1), *_layouts(32, 256, 14, 14), *_layouts(32, 256, 56, 56)]
     lines = [(32768, 1024), (8192, 4096), (65536, 256), (1024, 32768), (4096, 768), (256, 1024), (64, 512)]
     images = [
         *_layouts(32, 64, 112, 112),
@@ -1485,6 +1486,10 @@ def _bench_cases() -> list[Case]:
     return [
         *plain,
         *fused,
+        *[
+            _case(*layout, dtype=dtype, ghost_batch_size=8, tags=("bench", *(("quick",) if layout in quick else ())))
+            for layout, dtype in itertools.product(ghosts, ("float32", "bfloat16"))
+        ],
         *[
             _case(
                 shape, norm=norm, dtype=dtype, running=False, tags=("bench", *(("quick",) if shape[0] < 8192 else ()))
@@ -1511,7 +1516,9 @@ def _bench_cases() -> list[Case]:
 
 
 def _bench_cuda_cases() -> list[Case]:
-    """ResNet-50's layers at 32 and at 256 images, (N, C), few channels in large volumes, and a small call."""
+    """Batch norm: ResNet-50's layers at 32 and at 256 images, (N, C), few channels in large volumes, a small call,
+    ghost batches. Layer and RMS norm: lines of 256 to 65,536 numbers, 256 MiB together, and a small call. Instance and
+    group norm: two of ResNet-50's layers at 32 images, and a small call."""
     small = _layouts(8, 64, 7, 7)
     resnet = [
         layout for batch in (32, 256) for channels, side in RESNET for layout in _layouts(batch, channels, side, side)
@@ -1537,7 +1544,29 @@ def _bench_cuda_cases() -> list[Case]:
             [*_layouts(32, 256, 56, 56), *_layouts(32, 1024, 14, 14)], (True, False)
         )
     ]
-    return plain + fused
+    ghosts = [
+        _case(*layout, dtype=dtype, ghost_batch_size=32, tags=("bench",))
+        for layout, dtype in itertools.product(_layouts(256, 256, 14, 14), ("bfloat16", "float32"))
+    ]
+    family: list[Case] = []
+    for dtype, bytes_ in (("bfloat16", 2), ("float32", 4)):
+        wide = [(2**28 // bytes_ // width, width) for width in (256, 1024, 4096, 16384, 65536)]
+        family += [
+            _case(shape, norm=norm, dtype=dtype, running=False, tags=("bench", tag) if tag else ("bench",))
+            for norm in ("layer", "rms")
+            for shape, tag in [
+                ((2048, 1024), "quick"),
+                *((s, "compile" if s[1] in (1024, 16384) else "") for s in wide),
+            ]
+        ]
+        by_sample: list[dict[str, Any]] = [{"norm": "instance"}, {"norm": "group", "groups": 32}]
+        images = [(8, 256, 14, 14), (32, 256, 56, 56), (32, 64, 112, 112)]
+        family += [
+            _case(*layout, dtype=dtype, running=False, tags=("bench", tag) if tag else ("bench",), **norm)
+            for norm, (image, tag) in itertools.product(by_sample, zip(images, ("quick", "compile", ""), strict=True))
+            for layout in _layouts(*image)
+        ]
+    return plain + fused + ghosts + family
 
 
 CASES: tuple[Case, ...] = (
