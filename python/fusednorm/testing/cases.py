@@ -712,8 +712,8 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
     few = 32 * unit  # of softmax, mixture and coefficients
 
     x, dy = _to_cells(_float64(inputs.x), case)[:, :, 0], _to_cells(_float64(inputs.dy), case)[:, :, 0]
-    weight = (np.ones(channels) if inputs.weight is None else _float64(inputs.weight))[:, None]
-    bias = (np.zeros(channels) if inputs.bias is None else _float64(inputs.bias))[:, None]
+    weight = np.ones(channels) if inputs.weight is None else np.abs(_float64(inputs.weight))
+    bias = np.zeros(channels) if inputs.bias is None else np.abs(_float64(inputs.bias))
     p, q = (reference._softmax(_float64(a), "") for a in (inputs.mean_logits, inputs.var_logits) if a is not None)
     means, variances, r = expected.mean, expected.variances, expected.rstd
     m, v = means[0], variances[0]
@@ -736,23 +736,29 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
     of_variance = np.tensordot(q, of_variances, 1) + few * variance
     rstd_error = 0.5 * of_variance * r**2 + few
 
-    def total(values: Float64) -> Float64:
-        """Over each instance."""
-        summed: Float64 = values.sum(axis=2)
-        return summed
+    # Of each instance; what varies within one is kept to few sweeps, of |xhat| and |x - m|.
+    xhat = (x - mean[:, :, None]) * r[:, :, None]
+    largest, largest_dy = (np.max(np.abs(a), axis=2, initial=0.0) for a in (xhat, dy))
+    sum_dy, sum_abs_dy = dy.sum(axis=2), np.abs(dy).sum(axis=2)
+    xhat_dy = xhat * dy
+    sum_xhat_dy, sum_abs_xhat_dy = xhat_dy.sum(axis=2), np.abs(xhat_dy, out=xhat_dy).sum(axis=2)
+    xhat = np.abs(xhat, out=xhat)
+    fixed = of_mean * r  # xhat errs by that and by |xhat| * rstd_error
 
-    r_, mean_ = r[:, :, None], mean[:, :, None]
-    xhat = (x - mean_) * r_
-    xhat_error = of_mean[:, :, None] * r_ + np.abs(xhat) * rstd_error[:, :, None]
-    largest = np.max(np.abs(xhat), axis=2, keepdims=True, initial=0.0)
-    y = np.abs(weight) * xhat_error + point * (np.abs(weight) * largest + np.abs(bias))
+    def within(*terms: tuple[Float64, Float64 | None]) -> Float64:
+        """The sum of an instance's coefficients, each times what varies within it."""
+        found = np.zeros_like(x)
+        for coefficient, values in terms:
+            found += coefficient[:, :, None] * (1.0 if values is None else values)
+        return found
 
-    w_dy = np.abs(weight * dy)
-    dmean, dvar = -r * total(weight * dy), -0.5 * r**2 * total(weight * dy * xhat)
-    of_dmean = r * sums * total(w_dy) + np.abs(dmean) * rstd_error
-    of_dvar = (
-        0.5 * r**2 * (sums * total(w_dy * np.abs(xhat)) + total(w_dy * xhat_error)) + 2 * np.abs(dvar) * rstd_error
-    )
+    y = within((weight * fixed + point * (weight * largest + bias), None), (weight * rstd_error, xhat))
+
+    signed = np.ones(channels) if inputs.weight is None else _float64(inputs.weight)
+    dmean, dvar = -r * signed * sum_dy, -0.5 * r**2 * signed * sum_xhat_dy
+    of_dmean = r * sums * weight * sum_abs_dy + np.abs(dmean) * rstd_error
+    sum_errors = fixed * sum_abs_dy + rstd_error * sum_abs_xhat_dy
+    of_dvar = 0.5 * r**2 * weight * (sums * sum_abs_xhat_dy + sum_errors) + 2 * np.abs(dvar) * rstd_error
     to_m, to_v = p[0] * dmean, q[0] * dvar
     of_to_m, of_to_v = p[0] * of_dmean, q[0] * of_dvar
     for part, over in ((1, 1), (2, 0))[: 2 if case.training else 1]:
@@ -767,11 +773,16 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
         of_to_m = of_to_m + p[part] * shared(of_dmean) + few * p[part] * shared(np.abs(dmean))
         of_to_m = of_to_m + 2 * q[part] * (np.abs(away) * shared(of_dvar) + off * np.abs(shared(dvar)))
         of_to_v = of_to_v + q[part] * shared(of_dvar) + few * q[part] * shared(np.abs(dvar))
-    from_m, away = np.abs(x - m[:, :, None]), np.abs(x - mean_) + np.abs(mean - m)[:, :, None]
-    through = of_to_m[:, :, None] + 2 * from_m * of_to_v[:, :, None] + 2 * np.abs(to_v * of_m)[:, :, None]
-    rounded = np.abs(to_m)[:, :, None] + 2 * np.abs(to_v)[:, :, None] * away
-    dx = (through + (point + rstd_error[:, :, None]) * rounded) / max(k, 1)
-    dx = dx + (point + rstd_error[:, :, None]) * r_ * np.max(w_dy, axis=2, keepdims=True, initial=0.0)
+    # Through the statistics: to_m + 2 * to_v * (x - m), over k; it rounds with |x - mean| + |mean - m|.
+    relative = point + rstd_error
+    rounded = np.abs(to_m) + 2 * np.abs(to_v) * np.abs(mean - m)
+    shared_error = of_to_m + 2 * np.abs(to_v * of_m) + relative * rounded
+    n = max(k, 1)
+    dx = within(
+        (shared_error / n + relative * r * weight * largest_dy, None),
+        (2 * of_to_v / n, np.abs(x - m[:, :, None])),
+        (2 * relative * np.abs(to_v) / (r * n), xhat),
+    )
 
     def mixed(
         share: Float64, gradient: Float64, of_gradient: Float64, parts: Float64, mix: Float64, of: Any
@@ -782,8 +793,7 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
         found: Float64 = share * np.sum(error + few * np.abs(gradient) * (np.abs(parts) + np.abs(mix)), axis=(1, 2))
         return found
 
-    dweight = sums * np.sum(np.abs(dy * xhat), axis=(0, 2)) + np.sum(np.abs(dy) * xhat_error, axis=(0, 2))
-    dbias = sums * np.sum(np.abs(dy), axis=(0, 2))
+    dweight, dbias = np.sum(sums * sum_abs_xhat_dy + sum_errors, axis=0), sums * np.sum(sum_abs_dy, axis=0)
     dmean_logits = mixed(p, dmean, of_dmean, means, mean, (of_means, of_mean))
     dvar_logits = mixed(q, dvar, of_dvar, variances, variance, (of_variances, of_variance))
     y, dx = (_from_cells(np.broadcast_to(a, x.shape)[:, :, None], case) for a in (y, dx))
