@@ -267,7 +267,7 @@ def _sums(case: Case, inputs: Inputs, got: Outputs, machine: Cpu | Gpu) -> list[
     gradients = backward(*(array for array in statistics.values() if array is not None))
     named = dict(zip(("dx", *SUMS), gradients, strict=False))
     want = replace(got, **statistics, **named, y=np.zeros_like(gradients[0]))
-    ours = replace(want, dweight=some(got.dweight), dbias=some(got.dbias))  # type: ignore[arg-type]
+    ours = replace(want, dweight=some(got.dweight), dbias=some(got.dbias))
     return [d for d in compare(part, part_inputs, want, ours) if d.name in SUMS]
 
 

@@ -36,6 +36,8 @@ UNDERFLOW = {"float64": 2.0**-1074, "float32": 2.0**-150, "float16": 2.0**-25, "
 # Bounds on |activation''|: how far an error in pre carries into the derivative.
 CURVATURE = {None: 0.0, "relu": 0.0, "leaky_relu": 0.0, "silu": 0.5, "sigmoid": 0.1, "tanh": 0.8}
 
+NORMS = ("batch", "instance", "group", "switchable", "layer", "rms", "weight")
+
 SLOW_ELEMENTS = 500_000
 SANITIZE_ELEMENTS = 3_000
 
@@ -46,9 +48,8 @@ class Case:
 
     Attributes:
         name: unique in its list, made of letters, digits, ``-``, ``_`` and ``.``.
-        norm: ``batch``, ``instance``, ``group``, ``layer``, ``rms``, ``switchable`` or ``weight``. What follows says
-            "statistic" for what it is taken over: a channel, of all samples or (instance, switchable) of each, a group
-            of channels, or a line, all of the last ``normalized`` axes.
+        norm: one of ``NORMS``. What follows says "statistic" for what it is taken over: a channel, of all samples or
+            (instance, switchable) of each, a group of channels, or a line, all of the last ``normalized`` axes.
         shape, axis: of x; ``axis`` holds the channels, and is weight norm's ``dim``. Of layer and RMS norm it has no
             meaning.
         normalized: how many axes layer and RMS norm normalize over.
@@ -205,7 +206,7 @@ class Outputs:
     mean: Array | None
     rstd: Array
     dx: Array
-    dweight: Array
+    dweight: Array | None
     dbias: Array | None
     dresidual: Array | None
     running_mean: Array | None
@@ -511,6 +512,7 @@ def bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
     if case.norm != "batch":
         return _cell_bounds(case, inputs, expected)
     assert expected.mean is not None
+    assert expected.dweight is not None
     assert expected.dbias is not None
     x, dy = _float64(inputs.x), _float64(inputs.dy)
     weight = _along(np.ones(case.channels) if inputs.weight is None else _float64(inputs.weight), case)
@@ -611,7 +613,7 @@ def _cell_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Flo
     rstd = expected.rstd.reshape(samples, groups, 1, 1)
     mean = np.zeros_like(rstd) if expected.mean is None else expected.mean.reshape(rstd.shape)
     mean_bound, var_bound = _statistics_bounds(case, mean, rstd)
-    if not case.centered:
+    if expected.mean is None:
         mean_bound = np.zeros_like(rstd)
 
     def most(values: Float64) -> Float64:
@@ -652,13 +654,14 @@ def _cell_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Flo
         "y": _stored(case, y, _to_cells(expected.y, case), case.dtype),
         "var": var_bound,
         "dx": _stored(case, dx, _to_cells(expected.dx, case), case.dtype),
-        "dweight": _stored(case, dweight, expected.dweight, case.gradient_dtype),
     }
     for name in ("y", "dx"):
         allowed[name] = _from_cells(np.broadcast_to(allowed[name], case.cells), case)
-    if expected.mean is not None and expected.dbias is not None:
+    if expected.mean is not None:
         allowed["mean"] = mean_bound
-        allowed["dbias"] = _stored(case, dbias, expected.dbias, case.gradient_dtype)
+    for name, bound, gradient in (("dweight", dweight, expected.dweight), ("dbias", dbias, expected.dbias)):
+        if gradient is not None:
+            allowed[name] = _stored(case, bound, gradient, case.gradient_dtype)
     for name in allowed.keys() & {"mean", "var"}:
         allowed[name] = allowed[name].reshape(_result(case, expected, name).shape)
     if expected.running_mean is not None and expected.running_var is not None:
@@ -703,6 +706,7 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
     assert expected.variances is not None
     assert expected.dmean_logits is not None
     assert expected.dvar_logits is not None
+    assert expected.dweight is not None
     assert expected.dbias is not None
     _, channels, _, k = case.cells
     unit = UNIT_ROUNDOFF["float64"]
