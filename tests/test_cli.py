@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import fusednorm
+import numpy as np
 import pytest
 from fusednorm import _C, bench
 from fusednorm.bench.contenders import ours, torch_peer
 from fusednorm.bench.timing import Contender, interleaved
 from fusednorm.cli import main
-from fusednorm.testing.cases import BENCH, BENCH_CUDA, Case, make, numpy_dtype
+from fusednorm.testing.cases import BENCH, BENCH_CUDA, Case, expected, make, numpy_dtype
 
 
 def test_info_names_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +242,16 @@ def test_bench_sees_one_wrong_element_in_what_it_checks(
 
     monkeypatch.setattr(fusednorm, function, wrong)
     assert [text.split(":")[0] for text in bench.measure(case, repeat=1)[0]["wrong"]] == [result]
+
+
+@pytest.mark.parametrize(("case", "checked"), PARTLY, ids=lambda value: getattr(value, "norm", ""))
+def test_bench_times_what_the_case_says(case: Case, checked: list[int]) -> None:
+    inputs = make(case)
+    want = expected(case, inputs)
+    for pass_, result in (("forward", want.y), ("backward", want.dx)):
+        for own in ours(case, inputs, pass_):
+            assert own.array
+            np.testing.assert_allclose(own.array(own.call()), result, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
