@@ -12,18 +12,19 @@
 #     initcheck     nvidia-cuda-sanitizer-api. After each an error is planted, which must be caught
 #     synccheck
 #     selftest      fusednorm selftest --device cuda
-#     bench         fusednorm bench --device cuda: bench.json, bench.md, bench.png
+#     bench         fusednorm bench --device cuda of batch norm: batch.json, batch.md, batch.png
+#     family        the same of layer, RMS, instance and group norm, a fourth of the time each
 #
 # Without STEP all of them. FOLDER gets a log of each and summary.txt. A step that fails does not stop the next; the exit
 # code is 1 then. Each has a limit in seconds, which LIMIT_build=600 and the like change. The first seven fit into ten
-# minutes, the last two into another ten.
+# minutes, the next two into another ten, and so does the last.
 # shellcheck disable=SC2329  # steps are called by their names
 set -uo pipefail
 exec </dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-ALL=(build environment tests memcheck racecheck initcheck synccheck selftest bench)
-LIMITS=(180 20 130 100 70 40 40 100 480)
+ALL=(build environment tests memcheck racecheck initcheck synccheck selftest bench family)
+LIMITS=(180 20 130 100 70 40 40 100 480 580)
 # Of small cases some for each way to share the work: one block, clusters of 4 and 8, whole grids; rows and columns, all
 # dtypes, masks, ghost batches.
 CASES="37x17-axis1 or 3x3x1023-axis1-float32 or 3x5x1025-axis1-float16 or 3x5x1025-axis1-bfloat16 or 1x3x32769 or \
@@ -109,14 +110,18 @@ synccheck() { sanitize synccheck -k "$CASES"; }
 
 selftest() { "$python" -m fusednorm selftest --device cuda; }
 
-# Ends by itself, with what it has, before the limit.
-bench() {
-  "$python" -m fusednorm bench --device cuda --seconds $((limit * 3 / 4)) --json "$folder/bench.json" \
-    --plot "$folder/bench.png" --markdown >"$folder/bench.md"
-  local status=$?
-  tail -n 5 "$folder/bench.md"
+# The norms, with equal shares of the time; each ends by itself, with what it has, before its share does.
+measure() {
+  local norm status=0
+  for norm; do
+    "$python" -m fusednorm bench --device cuda --norm "$norm" --seconds $((limit * 3 / 4 / $#)) \
+      --json "$folder/$norm.json" --plot "$folder/$norm.png" --markdown >"$folder/$norm.md" || status=$?
+    tail -n 5 "$folder/$norm.md"
+  done
   return "$status"
 }
+bench() { measure batch; }
+family() { measure layer rms instance group; }
 
 # `timeout` runs programs, not functions: for each step this script runs itself.
 if [ -n "${GPU_SH_STEP:-}" ]; then

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fusednorm
+import numpy as np
 import pytest
 from fusednorm import _C, bench
+from fusednorm.bench.contenders import ours, torch_peer
 from fusednorm.bench.timing import Contender, interleaved
 from fusednorm.cli import main
-from fusednorm.testing.cases import BENCH, Case
+from fusednorm.testing.cases import BENCH, BENCH_CUDA, Case, expected, make, numpy_dtype
 
 
 def test_info_names_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +198,103 @@ def test_bench_checks_large_tensors_on_some_channels() -> None:
     (row,) = bench.measure(Case("", (64, 96, 16, 16)), ["forward"], repeat=1)
     assert row["checked"] == [64, 96]
     assert row["wrong"] == []
+
+
+# Of each norm a case, and how much of it is compared where as much as a fourth may be.
+PARTLY = [
+    (Case("", (24, 32, 8, 8)), [8, 32]),
+    (Case("", (24, 8, 8, 32), axis=-1, ghost_batch_size=7), [8, 32]),
+    (Case("", (90, 64), axis=-1, ghost_batch_size=7, residual=True, activation="relu"), [16, 64]),
+    (Case("", (24, 32, 8, 8), norm="instance", running=False), [8, 32]),
+    (Case("", (24, 8, 8, 32), axis=-1, norm="group", groups=16, running=False), [8, 32]),
+    (Case("", (80, 300), norm="layer", running=False), [20, 80]),
+    (Case("", (80, 300), norm="rms", running=False), [20, 80]),
+    (Case("", (40, 7, 30), norm="layer", normalized=2, running=False), [10, 40]),
+    (Case("", (64, 33, 16), norm="weight", axis=0, running=False, eps=0.0), [16, 64]),
+    (Case("", (33, 16, 64), norm="weight", axis=2, running=False, eps=0.0), [16, 64]),
+    (Case("", (4, 12, 9, 9), norm="switchable"), [12, 12]),
+]
+
+
+@pytest.mark.parametrize(("case", "checked"), PARTLY, ids=lambda value: getattr(value, "norm", ""))
+def test_bench_checks_some_of_every_norm(case: Case, checked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CHECKED_ELEMENTS", case.size // 4)
+    for row in bench.measure(case, repeat=1):
+        assert row["checked"] == checked
+        assert row["wrong"] == []
+        assert {"copy", "ours_out", "ours", "reference"} <= set(row["ms"])
+        assert ("torch" in row["ms"]) == (case.ghost_batch_size is None and bool(importlib.util.find_spec("torch")))
+
+
+@pytest.mark.parametrize(("case", "checked"), PARTLY, ids=lambda value: getattr(value, "norm", ""))
+@pytest.mark.parametrize(("which", "result"), [("forward", "y"), ("backward", "dx"), ("backward", "dweight")])
+def test_bench_sees_one_wrong_element_in_what_it_checks(
+    case: Case, checked: list[int], which: str, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "CHECKED_ELEMENTS", case.size // 4)
+    function = f"{case.norm}_norm_{which}"
+    right = getattr(fusednorm, function)
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        results = right(*args, **options)
+        results[result == "dweight"].reshape(-1)[-1] += 1e-2  # the last channel, line and column are always compared
+        return results
+
+    monkeypatch.setattr(fusednorm, function, wrong)
+    assert [text.split(":")[0] for text in bench.measure(case, repeat=1)[0]["wrong"]] == [result]
+
+
+@pytest.mark.parametrize(("case", "checked"), PARTLY, ids=lambda value: getattr(value, "norm", ""))
+def test_bench_times_what_the_case_says(case: Case, checked: list[int]) -> None:
+    inputs = make(case)
+    want = expected(case, inputs)
+    for pass_, result in (("forward", want.y), ("backward", want.dx)):
+        for own in ours(case, inputs, pass_):
+            assert own.array
+            np.testing.assert_allclose(own.array(own.call()), result, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it compiles
+def test_bench_peers_of_a_gpu_compute_the_same(dtype: str, compiles: bool) -> None:
+    """On the CPU: what PyTorch makes of the forward, and autograd of that, against ours."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    listed = {case.norm: case for case, _ in PARTLY if case.ghost_batch_size is None}
+    for case in (replace(case, dtype=dtype) for case in listed.values()):
+        inputs = make(case)
+        peer = torch_peer(case)
+        assert peer
+        theirs = peer(case, inputs)
+        torch.compiler.reset()
+        function = torch.compile(theirs.function, backend="aot_eager", fullgraph=True) if compiles else theirs.function
+        for pass_ in ("forward", "backward"):
+            own = ours(case, inputs, pass_)[1]
+            assert own.array
+            want = own.array(own.call()).astype("float64")
+            call = theirs.of(function, pass_)
+            for _ in range(2):
+                got = theirs.array(call())
+                assert got.shape == want.shape
+                assert abs(got - want).mean() < 0.01 * abs(want).mean(), (case.norm, pass_)
+
+
+def test_rows_of_a_gpu() -> None:
+    rows = [(case.norm, case.dtype, case.size * numpy_dtype(case.dtype).itemsize, case) for case in BENCH_CUDA]
+    for norm, dtype in itertools.product(("layer", "rms"), ("float32", "bfloat16")):
+        assert [case.shape[1] for n, d, size, case in rows if (n, d) == (norm, dtype) and size >= 2**28] == [
+            256, 1024, 4096, 16384, 65536
+        ]  # fmt: skip
+        assert [size < 10e6 for n, d, size, case in rows if (n, d) == (norm, dtype) and size < 2**28] == [True]
+    for norm, dtype, shape in itertools.product(
+        ("instance", "group"), ("float32", "bfloat16"),
+        [(32, 256, 56, 56), (32, 56, 56, 256), (32, 64, 112, 112), (32, 112, 112, 64)],
+    ):  # fmt: skip
+        (case,) = (case for n, d, _, case in rows if (n, d, case.shape) == (norm, dtype, shape))
+        assert case.groups == (32 if norm == "group" else 1)
+    assert any(case.ghost_batch_size for case in BENCH_CUDA)
+    assert any(case.ghost_batch_size and "quick" in case.tags for case in BENCH)
 
 
 def test_bench_threads_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:

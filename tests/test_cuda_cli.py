@@ -104,8 +104,8 @@ def torch_beside(monkeypatch: pytest.MonkeyPatch) -> Any:
             return torch.from_numpy(array._host.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array._host)
 
-    monkeypatch.setattr(gpu._Torch, "whole", whole)
-    monkeypatch.setattr(gpu._Torch, "array", lambda self, tensor: cupy.array(Torch.array(self, tensor)))
+    monkeypatch.setattr(Torch, "whole", whole)
+    monkeypatch.setattr(cupy, "from_dlpack", lambda tensor: cupy.array(tensor.numpy()), raising=False)
     monkeypatch.setattr(gpu, "_pytorch", lambda: (torch, ""))
     for name in ("device", "stream", "ExternalStream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
@@ -120,8 +120,22 @@ BENCHED = [
         [((6, 8, 5, 5), 1), ((6, 5, 5, 8), -1)], ["float32", "bfloat16"], [True, False], [None, "relu"]
     )
 ]
+BENCHED += [
+    Case("", shape, norm=norm, axis=axis, groups=groups, dtype=dtype, running=False)
+    for (norm, shape, axis, groups), dtype in itertools.product(
+        [
+            ("layer", (40, 96), 1, 1),
+            ("rms", (40, 96), 1, 1),
+            ("instance", (6, 8, 5, 5), 1, 1),
+            ("instance", (6, 5, 5, 8), -1, 1),
+            ("group", (6, 8, 5, 5), 1, 4),
+            ("group", (6, 5, 5, 8), -1, 4),
+        ],
+        ["float32", "bfloat16"],
+    )
+]
 # Compiling takes seconds.
-BENCHED += [replace(case, tags=frozenset({"compile"})) for case in BENCHED[:4]]
+BENCHED += [replace(case, tags=frozenset({"compile"})) for case in (*BENCHED[:4], *BENCHED[16:23:2])]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it compiles
@@ -131,20 +145,20 @@ def test_bench_contenders_agree(torch_beside: Any) -> None:
             theirs = ["native", *case.tags]
             for row in bench.measure(case, machine=machine, repeat=1):
                 assert row["wrong"] == [], row
-                assert {"cupy", *theirs} <= set(row["ms"]), row["absent"]
+                assert {*theirs, *(["cupy"] if case.norm == "batch" else ())} <= set(row["ms"]), row["absent"]
                 assert row["eager"] == (theirs if EMULATED else []), row
 
 
 def test_bench_sees_a_contender_that_computes_something_else(
     torch_beside: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = gpu._Torch.call
+    right = gpu._Batch.chosen
 
     def wrong(self: Any, pass_: str, *, cudnn: bool) -> Any:
         call = right(self, pass_, cudnn=cudnn)
         return lambda: call() * 1.1
 
-    monkeypatch.setattr(gpu._Torch, "call", wrong)
+    monkeypatch.setattr(gpu._Batch, "chosen", wrong)
     with bench.Gpu("cuda:0") as machine:
         for row in bench.measure(Case("", (6, 8, 5, 5)), machine=machine, repeat=1):
             assert "native computes something else" in row["wrong"]
@@ -226,6 +240,28 @@ def test_bench_says_what_was_left_out() -> None:
 def test_floor(shape: Any, axis: int, pass_: str, residual: bool, activation: Any, floor: int) -> None:
     case = Case("", shape, axis=axis, residual=residual, activation=activation, training=pass_ != "eval")
     assert gpu.floor(case, pass_, on_chip=132 * (228 << 10)) == floor
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "axis", "options", "kept"),
+    [
+        ("layer", (1000, 70000), 1, {}, 280_000),
+        ("rms", (1000, 700), 1, {"dtype": "bfloat16"}, 1400),
+        ("instance", (32, 64, 100), 1, {}, 400),
+        ("instance", (32, 100, 64), -1, {}, 6400),  # 64 bytes of each row
+        ("instance", (32, 100, 5), -1, {}, 2000),  # rows of 20 bytes
+        ("group", (32, 64, 100), 1, {"groups": 8}, 3200),
+        ("group", (32, 100, 64), -1, {"groups": 8}, 6400),  # of 32 bytes a row, twice that come along
+        ("group", (32, 100, 64), -1, {"groups": 2}, 12800),
+        ("batch", (32, 64, 100), 1, {"ghost_batch_size": 8}, 3200),
+        ("batch", (32, 100, 64), -1, {"ghost_batch_size": 8}, 51200),
+        ("batch", (32, 64), 1, {"ghost_batch_size": 50}, 2048),
+    ],
+)
+def test_floor_of_what_shares_a_statistic(norm: str, shape: Any, axis: int, options: Any, kept: int) -> None:
+    case = Case("", shape, norm=norm, axis=axis, **options)
+    assert [gpu.floor(case, "forward", on_chip) for on_chip in (kept, kept - 1)] == [2, 3]
+    assert [gpu.floor(case, "backward", on_chip) for on_chip in (2 * kept, 2 * kept - 1)] == [3, 5]
 
 
 def test_lost_rows_of_a_gpu_are_marked() -> None:

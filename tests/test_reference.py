@@ -1216,7 +1216,7 @@ def failures(case: Case, inputs: Inputs, expected: Outputs, got: Outputs) -> set
 def test_the_list_is_sound(listed: tuple[Case, ...]) -> None:
     assert not [name for name, times in Counter(case.name for case in listed).items() if times > 1]
     for case in listed:
-        assert case.norm in ("batch", "group", "instance", "layer", "rms", "switchable", "weight")
+        assert case.norm in cases.NORMS
         assert case.tags <= {"quick", "slow", "sanitize", "bench", "compile"}
         assert ("bench" in case.tags) == (listed is not CASES)
         assert case.running or case.training, case.name

@@ -73,14 +73,18 @@ def _moments(
     x: Float64, axes: tuple[int, ...], counted: NDArray[np.bool_] | bool = True
 ) -> tuple[NDArray[np.int_], Float64, Float64]:
     """Count, mean and biased variance over ``axes``, which are kept with length 1; of no element, 0 and 0."""
-    counted = np.broadcast_to(counted, x.shape)
-    count = counted.sum(axis=axes, keepdims=True)
+    count = np.broadcast_to(counted, x.shape).sum(axis=axes, keepdims=True)
     n = np.maximum(count, 1)
+
+    def average(values: Float64) -> Float64:
+        mean: Float64 = _sum_to(values if counted is True else np.where(counted, values, 0.0), count.shape) / n
+        return mean
+
     with np.errstate(invalid="ignore"):  # infinity minus infinity
-        mean = _sum_to(np.where(counted, x, 0.0), count.shape) / n
+        mean = average(x)
         # The sum rounds in proportion to |mean|; what is left of it shows in the deviations, and is added back.
-        mean = mean + _sum_to(np.where(counted, x - mean, 0.0), count.shape) / n
-        variance = _sum_to(np.where(counted, x - mean, 0.0) ** 2, count.shape) / n
+        mean = mean + average(x - mean)
+        variance = average((x - mean) ** 2)
     return count, mean, variance
 
 
@@ -97,12 +101,13 @@ def _gradients(
     ``counted`` are the elements that made the statistics: none if these were constants. Not ``centered``: no mean was
     subtracted.
     """
-    counted = np.broadcast_to(counted, xhat.shape)
-    n = np.maximum(_sum_to(counted.astype(np.float64), rstd.shape), 1)
-    g = weight * dy
-    through_mean = _sum_to(g, rstd.shape) / n if centered else 0.0
-    through_var = xhat * _sum_to(g * xhat, rstd.shape) / n
-    dx = rstd * (g - np.where(counted, through_mean + through_var, 0.0))
+    g, through = weight * dy, np.zeros(1)
+    if counted is not False:
+        n = np.maximum(_sum_to(np.broadcast_to(counted, xhat.shape), rstd.shape), 1)
+        through_mean = _sum_to(g, rstd.shape) / n if centered else 0.0
+        through_var = xhat * _sum_to(g * xhat, rstd.shape) / n
+        through = through_mean + through_var
+    dx = rstd * (g - (through if counted is True else np.where(counted, through, 0.0)))
     return dx, _sum_to(dy * xhat, weight.shape), _sum_to(dy, weight.shape)
 
 
@@ -893,9 +898,9 @@ def switchable_norm_backward(
     dvar = -(rstd**2) * _sum_to(weight * dy * xhat, rstd.shape) / 2
     shapes = [(samples, channels, *ones), (samples, 1, *ones), (1, channels, *ones)]
     for j, shape in enumerate(shapes if training else shapes[:2]):
-        n = np.maximum(_sum_to(np.ones_like(x), shape), 1)
+        n = max(x.size // max(math.prod(shape), 1), 1)
         dmean_j, dvar_j = p[j] * _sum_to(dmean, shape), q[j] * _sum_to(dvar, shape)
-        dx = dx + (dmean_j + dvar_j * 2 * (x - means[j])) / n
+        dx += dmean_j / n + dvar_j * 2 / n * (x - means[j])
     dmean_logits = p * (dmean * (means - mean)).reshape(3, -1).sum(axis=1)
     dvar_logits = q * (dvar * (variances - var)).reshape(3, -1).sum(axis=1)
     return _channels_back(dx, axis), dweight.ravel(), dbias.ravel(), dmean_logits, dvar_logits

@@ -3,13 +3,13 @@
 :func:`run` measures cases and returns what ``fusednorm bench --json`` writes::
 
     {"environment": {...}, "rows": [{"case": ..., "norm": ..., "shape": [...], "layout": "first", "dtype": ...,
-     "pass": "forward", "activation": ..., "residual": ..., "checked": [3, 64], "wrong": [],
+     "pass": "forward", "activation": ..., "residual": ..., "ghost_batch_size": ..., "checked": [3, 64], "wrong": [],
      "ms": {"copy": {"median": ..., "p10": ..., "p90": ...}, "ours_out": ..., "ours": ..., "torch_out": ..., ...},
      "ratios": {"ours_out/copy": {...}, "torch_out/ours_out": {...}, "torch/ours": {...}}}],
      "left_out": ["why a case was not measured", ...], "failed": ["what a case raised", ...]}
 
-``checked``: how many channels of how many were compared with float64; ``wrong``: what was not as it should be. Rows of
-a GPU have other contenders and more to tell: :mod:`fusednorm.bench.gpu`.
+``checked``: how many channels (layer and RMS norm: lines) of how many were compared with float64; ``wrong``: what was
+not as it should be. Rows of a GPU have other contenders and more to tell: :mod:`fusednorm.bench.gpu`.
 
 :func:`table` renders that as Markdown, :func:`plot` as a figure.
 """
@@ -24,12 +24,24 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import fusednorm
+from fusednorm import reference
 from fusednorm.bench.contenders import PASSES, Cpu
 from fusednorm.bench.environment import environment, versions
 from fusednorm.bench.gpu import Gpu
 from fusednorm.bench.report import label, loses, plot, summary, table
 from fusednorm.bench.timing import Contender, interleaved, ratio, spread
-from fusednorm.testing.cases import BENCH, BENCH_CUDA, Array, Case, Inputs, Outputs, compare, expected
+from fusednorm.testing.cases import (
+    BENCH,
+    BENCH_CUDA,
+    Array,
+    Case,
+    Deviation,
+    Inputs,
+    Outputs,
+    calls,
+    compare,
+    expected,
+)
 from fusednorm.testing.cases import run as run_case
 
 __all__ = [
@@ -56,8 +68,11 @@ __all__ = [
 Row: TypeAlias = dict[str, Any]
 
 # Elements of x that the float64 reference computes: it would take seconds for a large tensor. Of such a one as many
-# channels as that makes are compared (three at least), which batch norm treats each for itself.
+# channels as that makes are compared (three at least; group norm: groups), which most norms treat each for itself. Of
+# layer and RMS norm as many lines, and the sums over all lines for as many columns. Switchable norm: all.
 CHECKED_ELEMENTS = 1 << 20
+
+SUMS = ("dweight", "dbias")
 
 # Two contenders compute the same if they differ by less than this part of the mean: bfloat16 rounds to 0.4%.
 SAME = 0.01
@@ -164,6 +179,7 @@ def measure(
             "pass": pass_,
             "activation": case.activation,
             "residual": case.residual,
+            "ghost_batch_size": case.ghost_batch_size,
             "checked": [len(channels), case.shape[_axis(case)]],
             "wrong": list(wrong),
             "ms": {},
@@ -192,29 +208,67 @@ def _axis(case: Case) -> int:
 
 
 def _checked_channels(case: Case) -> Array:
-    if case.norm != "batch":  # all: where statistics or gradients are over several, some of them do not do
-        return np.arange(case.shape[_axis(case)])
-    per_channel = max(case.size // max(case.channels, 1), 1)
-    count = min(case.channels, max(CHECKED_ELEMENTS // per_channel, 3))
-    return np.unique(np.linspace(0, case.channels - 1, count).astype(np.int64))
+    """Or lines."""
+    length = case.shape[_axis(case)]
+    if case.norm == "switchable":  # all instances are in one statistic
+        return np.arange(length)
+    together = case.channels // case.groups
+    groups = _some(case.size, length // together) if case.norm == "group" else _some(case.size, length)
+    return (groups[:, None] * together + np.arange(together)).ravel() if case.norm == "group" else groups
+
+
+def _some(size: int, parts: int) -> Array:
+    """Which of so many parts of a tensor are compared."""
+    count = min(parts, max(CHECKED_ELEMENTS * parts // max(size, 1), 3))
+    return np.unique(np.linspace(0, parts - 1, count).astype(np.int64))
 
 
 def _check(case: Case, inputs: Inputs, channels: Array, machine: Cpu | Gpu) -> list[str]:
-    """What is wrong with our results, of the tensors as they are timed, on the given channels."""
+    """What is wrong with our results, of the tensors as they are timed, on the given channels or lines."""
     got = run_case(case, inputs, fusednorm, to_device=lambda a: a.copy(), to_host=lambda a: a)
-    axis = _axis(case)
+    axis, together = _axis(case), 1 if case.has_lines else case.cells[2]
 
-    def some(array: Array | None) -> Array | None:
-        if array is None or case.norm != "batch":
-            return array
-        return machine.some(array, channels, axis if array.ndim == len(case.shape) else 0)
+    def some(name: str, array: Array | None) -> Array | None:
+        if array is None:
+            return None
+        picked, along = np.arange(len(array)), 0
+        if name in ("x", "dy", "residual", "y", "dx", "dresidual"):
+            picked, along = channels, axis
+        elif name in ("mean", "rstd", "variances"):
+            picked, along = channels[::together] // together, 0 if case.has_lines else array.ndim - 1
+        elif not case.has_lines and case.norm != "switchable":  # a parameter or its gradient
+            picked, along = channels, axis if array.ndim == len(case.shape) else 0
+        return machine.some(array, picked, along)
 
     shape = (*case.shape[:axis], len(channels), *case.shape[axis + 1 :])
-    part = replace(case, shape=shape)
-    part_inputs = Inputs(**{name: some(array) for name, array in vars(inputs).items()})  # type: ignore[arg-type]
-    part_got = Outputs(**{name: some(array) for name, array in vars(got).items()})  # type: ignore[arg-type]
+    part = replace(case, shape=shape, groups=len(channels) // together if case.norm == "group" else case.groups)
+    part_inputs = Inputs(**{name: some(name, array) for name, array in vars(inputs).items()})  # type: ignore[arg-type]
+    part_got = Outputs(**{name: some(name, array) for name, array in vars(got).items()})  # type: ignore[arg-type]
     deviations = compare(part, part_inputs, expected(part, part_inputs), part_got)
+    if case.has_lines and len(channels) < case.shape[axis]:
+        deviations = [d for d in deviations if d.name not in SUMS] + _sums(case, inputs, got, machine)
     return [f"{d.name}: error {d.error:.3g}, allowed {d.bound:.3g} {d.detail}".rstrip() for d in deviations if not d.ok]
+
+
+def _sums(case: Case, inputs: Inputs, got: Outputs, machine: Cpu | Gpu) -> list[Deviation]:
+    """The gradients of layer and RMS norm's parameters, sums over all lines, of some columns: from our statistics."""
+    columns = _some(case.size, case.shape[-1])
+
+    def some(array: Array | None) -> Array | None:
+        return None if array is None else machine.some(array, columns, array.ndim - 1)
+
+    def double(array: Array | None) -> Any:
+        return None if array is None else machine.some(array, np.arange(len(array)), 0).astype(np.float64)
+
+    part = replace(case, shape=(*case.shape[:-1], len(columns)))
+    part_inputs = Inputs(**{name: some(array) for name, array in vars(inputs).items()})  # type: ignore[arg-type]
+    statistics = {"mean": double(got.mean), "rstd": double(got.rstd)}
+    _, backward = calls(part, part_inputs, reference)
+    gradients = backward(*(array for array in statistics.values() if array is not None))
+    named = dict(zip(("dx", *SUMS), gradients, strict=False))
+    want = replace(got, **statistics, **named, y=np.zeros_like(gradients[0]))
+    ours = replace(want, dweight=some(got.dweight), dbias=some(got.dbias))
+    return [d for d in compare(part, part_inputs, want, ours) if d.name in SUMS]
 
 
 def _disagreements(case: Case, entrants: Sequence[Contender], channels: Array, machine: Cpu | Gpu) -> list[str]:

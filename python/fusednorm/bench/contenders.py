@@ -83,8 +83,9 @@ class Cpu:
 
         # The copy's own output, clean again: a copy onto lines that another kernel left dirty takes twice as long.
         found = [Contender("copy", copy, prepare=copy), *ours(case, inputs, pass_)]
-        if importlib.util.find_spec("torch") and case.activation in (None, "relu"):
-            found += _TORCH[case.norm](case, inputs).contenders(pass_)
+        peer = torch_peer(case)
+        if peer and importlib.util.find_spec("torch"):
+            found += peer(case, inputs).contenders(pass_)
         if self.with_reference or (self.with_reference is None and case.size <= REFERENCE_ELEMENTS):
             found.append(_reference(case, inputs, pass_))
         return found
@@ -104,12 +105,11 @@ def compared(samples: Mapping[str, Sequence[float]], ratios: Sequence[tuple[str,
 
 
 def ours(case: Case, inputs: Inputs, pass_: str, device: str = "cpu") -> list[Contender]:
-    if case.norm != "batch":
-        return _family(case, inputs, pass_)
-    return _backward(case, inputs) if pass_ == "backward" else _forward(case, inputs, device)
+    return _layer(case, inputs, device) if case.norm == "batch" and pass_ != "backward" else _calls(case, inputs, pass_)
 
 
-def _forward(case: Case, inputs: Inputs, device: str) -> list[Contender]:
+def _layer(case: Case, inputs: Inputs, device: str) -> list[Contender]:
+    """Batch norm's forward and evaluation."""
     layer = fusednorm.BatchNorm(
         case.channels,
         case.eps,
@@ -118,6 +118,7 @@ def _forward(case: Case, inputs: Inputs, device: str) -> list[Contender]:
         track_running_stats=case.running,
         axis=case.axis,
         activation=case.activation,
+        ghost_batch_size=case.ghost_batch_size,
         dtype=case.param_dtype,
         device=device,
     ).train(case.training)
@@ -132,24 +133,8 @@ def _forward(case: Case, inputs: Inputs, device: str) -> list[Contender]:
     ]
 
 
-def _backward(case: Case, inputs: Inputs) -> list[Contender]:
-    mean, rstd = fusednorm.batch_norm_forward(
-        inputs.x, inputs.weight, inputs.bias, eps=case.eps, axis=case.axis, residual=inputs.residual,
-        activation=case.activation,
-    )[1:]  # fmt: skip
-    dx = namespace(inputs.x).empty_like(inputs.x)
-
-    def call(out: Array | None) -> Any:
-        return fusednorm.batch_norm_backward(
-            inputs.dy, inputs.x, mean, rstd, inputs.weight, inputs.bias, axis=case.axis, residual=inputs.residual,
-            activation=case.activation, out=out,
-        )  # fmt: skip
-
-    return [Contender("ours_out", lambda: call(dx), _first), Contender("ours", lambda: call(None), _first)]
-
-
-def _family(case: Case, inputs: Inputs, pass_: str) -> list[Contender]:
-    """The other norms, by their functions."""
+def _calls(case: Case, inputs: Inputs, pass_: str) -> list[Contender]:
+    """By the functions."""
     forward, backward = calls(case, inputs, fusednorm)
     saved, ready = forward()[1:], namespace(inputs.x).empty_like(inputs.x)
     call = partial(backward, *saved) if pass_ == "backward" else forward
@@ -173,11 +158,17 @@ def _first(results: tuple[Array, ...]) -> Array:
 
 
 class Torch:
-    """PyTorch on the same memory: tensors that view the inputs, channels moved to axis 1 where PyTorch wants them."""
+    """PyTorch on the same memory: tensors that view the inputs.
+
+    :meth:`function` is what a model calls, and :meth:`of` a pass by it, with autograd's backward. Where its backward is
+    an operation that can be called without autograd, `call` does so; where operations take ``out=``, `out` has that.
+    """
+
+    second = True  # PyTorch wants the channels on axis 1
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.torch = importlib.import_module("torch")
-        self.case = case
+        self.case, self.arrays = case, namespace(inputs.x)
         self.x, self.dy = self.tensor(inputs.x), self.tensor(inputs.dy)
         self.residual = None if inputs.residual is None else self.tensor(inputs.residual)
         self.weight, self.bias = self.parameter(inputs.weight), self.parameter(inputs.bias)
@@ -186,42 +177,104 @@ class Torch:
     def whole(self, array: Array) -> Any:
         """A tensor over the array's memory, in its axis order."""
         if array.dtype.name == "bfloat16":  # ml_dtypes' bfloat16, which PyTorch does not know by that name
-            return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
-        return self.torch.from_numpy(array)
+            return self.torch.from_dlpack(array.view(np.int16)).view(self.torch.bfloat16)
+        return self.torch.from_dlpack(array)
 
     def tensor(self, array: Array) -> Any:
-        return self.torch.moveaxis(self.whole(array), self.case.axis, 1)
+        whole = self.whole(array)
+        return self.torch.moveaxis(whole, self.case.axis, 1) if self.second else whole
+
+    def array(self, tensor: Any) -> Array:
+        tensor = tensor.detach().float()
+        back: Array = self.arrays.from_dlpack(self.torch.moveaxis(tensor, 1, self.case.axis) if self.second else tensor)
+        return back
 
     def parameter(self, array: Array | None) -> Any:
-        """A copy, since running statistics change; in the dtype of `statistics`, which PyTorch insists on."""
-        return None if array is None else self.whole(array).to(self.statistics().dtype, copy=True)
+        """A copy, since running statistics change."""
+        return None if array is None else self.whole(array).to(self.parameter_dtype(), copy=True)
+
+    def parameter_dtype(self) -> Any:
+        """What PyTorch insists on: that of `statistics`."""
+        return self.statistics().dtype
 
     def statistics(self, n: int = 0) -> Any:
         """An uninitialized tensor for n saved statistics: float32, for float64 x float64."""
         double = self.x.dtype == self.torch.float64
         return self.torch.empty(n, dtype=self.torch.float64 if double else self.torch.float32, device=self.x.device)
 
-    def array(self, tensor: Any) -> Array:
-        back = self.torch.moveaxis(tensor.detach(), 1, self.case.axis)
-        return np.asarray(back.float().numpy())
-
     def contenders(self, pass_: str) -> list[Contender]:
-        forward, backward = (self.forward_out, self.forward), (self.backward_out, self.backward)
-        out, default = (make() for make in (backward if pass_ == "backward" else forward))
-        return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]
+        both = ("torch_out", self.out(pass_)), ("torch", self.call(pass_))
+        return [Contender(name, call, self.array) for name, call in both if call]
 
-    def forward(self) -> Callable[[], Any]:
-        """As a model calls it: batch_norm, then the residual and ReLU in place."""
-        batch_norm, case = self.torch.nn.functional.batch_norm, self.case
+    def arguments(self) -> tuple[Any, ...]:
+        """What :meth:`function` takes."""
+        return self.x, self.weight, self.bias
 
-        def call() -> Any:
-            y = batch_norm(
-                self.x, self.running_mean, self.running_var, self.weight, self.bias,
-                case.training, case.momentum, case.eps,
-            )  # fmt: skip
-            return self.epilogue(y)
+    def function(self, *given: Any) -> Any:
+        """y, as a model computes it."""
+        raise NotImplementedError
 
-        return call
+    def of(self, function: Callable[..., Any], pass_: str) -> Callable[[], Any]:
+        """One pass by :meth:`function` or what was compiled of it; backward to all that is not constant."""
+        given = self.arguments()
+        if pass_ != "backward":
+            return partial(function, *given)
+        constant = [id(a) for a in (None, self.running_mean, self.running_var)]
+        given = tuple(a if id(a) in constant else a.detach().requires_grad_() for a in given)
+        leaves = [a for a in given if id(a) not in constant]
+        y = function(*given)
+        return lambda: self.torch.autograd.grad(y, leaves, self.dy, True)[0]
+
+    def call(self, pass_: str) -> Callable[[], Any]:
+        """One pass that allocates its results."""
+        return self.of(self.function, pass_)
+
+    def out(self, pass_: str) -> Callable[[], Any] | None:
+        """One pass into ready tensors."""
+        return None
+
+
+class TorchBatch(Torch):
+    """PyTorch's batch norm, then the residual and ReLU in place."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.x, self.weight, self.bias, self.residual, self.running_mean, self.running_var
+
+    def function(self, *given: Any) -> Any:
+        x, weight, bias, residual, mean, var = given
+        case, batch_norm = self.case, self.torch.nn.functional.batch_norm
+        return self.epilogue(batch_norm(x, mean, var, weight, bias, case.training, case.momentum, case.eps), residual)
+
+    def epilogue(self, y: Any, residual: Any) -> Any:
+        if residual is not None:
+            y += residual
+        return y.relu_() if self.case.activation else y
+
+    def saved(self) -> tuple[Any, Any, Any]:
+        """y, mean and rstd for the backward."""
+        y, mean, rstd = self.torch.native_batch_norm(
+            self.x, self.weight, self.bias, self.running_mean, self.running_var,
+            self.case.training, self.case.momentum, self.case.eps,
+        )  # fmt: skip
+        return self.epilogue(y, self.residual), mean, rstd
+
+    def call(self, pass_: str) -> Callable[[], Any]:
+        if pass_ != "backward":
+            return super().call(pass_)
+        aten, case = self.torch.ops.aten, self.case
+        y, mean, rstd = self.saved()
+
+        def backward() -> Any:
+            u = aten.threshold_backward(self.dy, y, 0) if case.activation else self.dy
+            return aten.native_batch_norm_backward(
+                u, self.x, self.weight, self.running_mean, self.running_var, mean, rstd, case.training, case.eps,
+                [True, True, True],
+            )[0]  # fmt: skip
+
+        return backward
+
+    def out(self, pass_: str) -> Callable[[], Any]:
+        return self.backward_out() if pass_ == "backward" else self.forward_out()
 
     def forward_out(self) -> Callable[[], Any]:
         native, case = self.torch.ops.aten.native_batch_norm.out, self.case
@@ -234,33 +287,7 @@ class Torch:
                 self.x, self.weight, self.bias, self.running_mean, self.running_var,
                 case.training, case.momentum, case.eps, out=y, save_mean=mean, save_invstd=rstd,
             )  # fmt: skip
-            return self.epilogue(y)
-
-        return call
-
-    def epilogue(self, y: Any) -> Any:
-        if self.residual is not None:
-            y += self.residual
-        return y.relu_() if self.case.activation else y
-
-    def saved(self) -> tuple[Any, Any, Any]:
-        """y, mean and rstd for the backward."""
-        y, mean, rstd = self.torch.native_batch_norm(
-            self.x, self.weight, self.bias, self.running_mean, self.running_var,
-            self.case.training, self.case.momentum, self.case.eps,
-        )  # fmt: skip
-        return self.epilogue(y), mean, rstd
-
-    def backward(self) -> Callable[[], Any]:
-        aten, case = self.torch.ops.aten, self.case
-        y, mean, rstd = self.saved()
-
-        def call() -> Any:
-            u = aten.threshold_backward(self.dy, y, 0) if case.activation else self.dy
-            return aten.native_batch_norm_backward(
-                u, self.x, self.weight, self.running_mean, self.running_var, mean, rstd, case.training, case.eps,
-                [True, True, True],
-            )[0]  # fmt: skip
+            return self.epilogue(y, self.residual)
 
         return call
 
@@ -282,57 +309,77 @@ class Torch:
         return call
 
 
-class TorchLines(Torch):
-    """PyTorch's layer and RMS norm. The latter takes no out=, and its backward is autograd's."""
+class TorchLayer(Torch):
+    """PyTorch's layer norm."""
+
+    second = False
+
+    def parameter_dtype(self) -> Any:
+        return self.x.dtype if self.x.is_cuda else super().parameter_dtype()
+
+    def function(self, *given: Any) -> Any:
+        x, weight, bias = given
+        return self.torch.nn.functional.layer_norm(x, self.case.normalized_shape, weight, bias, self.case.eps)
+
+    def saved(self) -> tuple[Any, ...]:
+        """y; and what its backward takes after dy."""
+        given = self.x, self.case.normalized_shape
+        y, mean, rstd = self.torch.native_layer_norm(*given, self.weight, self.bias, self.case.eps)
+        return y, (*given, mean, rstd, self.weight, self.bias, [True, True, True])
+
+    def call(self, pass_: str) -> Callable[[], Any]:
+        if pass_ != "backward":
+            return super().call(pass_)
+        _, saved = self.saved()
+        return lambda: self.torch.ops.aten.native_layer_norm_backward(self.dy, *saved)[0]
+
+    def out(self, pass_: str) -> Callable[[], Any]:
+        aten = self.torch.ops.aten
+        y, saved = self.saved()
+        if pass_ == "backward":
+            dweight, dbias = (self.torch.empty_like(parameter) for parameter in (self.weight, self.bias))
+            return lambda: aten.native_layer_norm_backward.out(self.dy, *saved, out0=y, out1=dweight, out2=dbias)[0]
+        x, shape, mean, rstd, *parameters, _ = saved
+        given = x, shape, *parameters, self.case.eps
+        return lambda: aten.native_layer_norm.out(*given, out0=y, out1=mean, out2=rstd)[0]
+
+
+class TorchRms(Torch):
+    """PyTorch's RMS norm, whose weight has x's dtype: else y would be float32 beside a bfloat16 x."""
+
+    second = False
+
+    def parameter_dtype(self) -> Any:
+        return self.x.dtype
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.x, self.weight
+
+    def function(self, *given: Any) -> Any:
+        x, weight = given
+        return self.torch.nn.functional.rms_norm(x, self.case.normalized_shape, weight, self.case.eps)
+
+
+class TorchInstance(Torch):
+    """PyTorch's instance norm."""
+
+    def function(self, *given: Any) -> Any:
+        x, *parameters = given
+        return self.torch.nn.functional.instance_norm(x, None, None, *parameters, True, 0.1, self.case.eps)
+
+
+class TorchSwitchable(Torch):
+    """The formula of switchable norm, by PyTorch's operations."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         super().__init__(case, inputs)
-        if case.norm == "rms" and self.weight is not None:
-            self.weight = self.weight.to(self.x.dtype)  # else y would be float32 beside a bfloat16 x
+        self.logits = [self.parameter(a) for a in (inputs.mean_logits, inputs.var_logits) if a is not None]
 
-    def tensor(self, array: Array) -> Any:
-        return self.whole(array)
+    def arguments(self) -> tuple[Any, ...]:
+        return self.x, self.weight, self.bias, *self.logits
 
-    def array(self, tensor: Any) -> Array:
-        return np.asarray(tensor.detach().float().numpy())
-
-    def contenders(self, pass_: str) -> list[Contender]:
-        torch, aten, shape, eps = self.torch, self.torch.ops.aten, self.case.normalized_shape, self.case.eps
-        if self.case.norm == "rms":
-            x = self.x.detach().requires_grad_(pass_ == "backward")
-            leaves = (x, self.weight.requires_grad_(pass_ == "backward"))
-            y = torch.nn.functional.rms_norm(*leaves[:1], shape, leaves[1], eps)
-            if pass_ == "backward":
-                return [Contender("torch", lambda: torch.autograd.grad(y, leaves, self.dy, True)[0], self.array)]
-            return [Contender("torch", lambda: torch.nn.functional.rms_norm(x, shape, leaves[1], eps), self.array)]
-        y, mean, rstd = torch.native_layer_norm(self.x, shape, self.weight, self.bias, eps)
-        given = (self.x, shape, mean, rstd, self.weight, self.bias, [True, True, True])
-        dweight, dbias = (torch.empty_like(parameter) for parameter in (self.weight, self.bias))
-
-        def forward_out() -> Any:
-            return aten.native_layer_norm.out(
-                self.x, shape, self.weight, self.bias, eps, out0=y, out1=mean, out2=rstd
-            )[0]  # fmt: skip
-
-        def backward_out() -> Any:
-            return aten.native_layer_norm_backward.out(self.dy, *given, out0=y, out1=dweight, out2=dbias)[0]
-
-        if pass_ == "backward":
-            default = lambda: aten.native_layer_norm_backward(self.dy, *given)[0]  # noqa: E731
-        else:
-            default = lambda: torch.nn.functional.layer_norm(self.x, shape, self.weight, self.bias, eps)  # noqa: E731
-        out = backward_out if pass_ == "backward" else forward_out
-        return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]
-
-
-class TorchAutograd(Torch):
-    """Norms whose backward is autograd's, and that take no out=: instance and switchable norm."""
-
-    def norm(self, x: Any, *parameters: Any) -> Any:
-        """Of the parameters weight and bias, and for switchable norm its logits, whose formula PyTorch computes."""
-        if self.case.norm == "instance":
-            return self.torch.nn.functional.instance_norm(x, None, None, *parameters, True, 0.1, self.case.eps)
-        weight, bias, *logits = parameters
+    def function(self, *given: Any) -> Any:
+        x, weight, bias, *logits = given
         p, q = (self.torch.softmax(each, 0) for each in logits)
         variance, mean = self.torch.var_mean(x, (2, 3), correction=0, keepdim=True)
         means, variances = [mean], [variance]
@@ -344,72 +391,83 @@ class TorchAutograd(Torch):
             sum(share * part for share, part in zip(s, m, strict=True)) for s, m in ((p, means), (q, variances))
         )
         scale = self.torch.rsqrt(variance + self.case.eps) * weight[:, None, None]
-        return x * scale + (bias[:, None, None] - mean * scale)
-
-    def __init__(self, case: Case, inputs: Inputs) -> None:
-        super().__init__(case, inputs)
-        self.logits = [self.parameter(a) for a in (inputs.mean_logits, inputs.var_logits) if a is not None]
-
-    def contenders(self, pass_: str) -> list[Contender]:
-        leaves = [self.x.detach(), self.weight, self.bias, *self.logits]
-        if pass_ != "backward":
-            return [Contender("torch", lambda: self.norm(*leaves).to(self.x.dtype), self.array)]
-        for leaf in leaves:
-            leaf.requires_grad_()
-        y = self.norm(*leaves).to(self.x.dtype)
-        return [Contender("torch", lambda: self.torch.autograd.grad(y, leaves, self.dy, True)[0], self.array)]
+        return (x * scale + (bias[:, None, None] - mean * scale)).to(x.dtype)
 
 
 class TorchGroup(Torch):
     """PyTorch's group norm."""
 
-    def contenders(self, pass_: str) -> list[Contender]:
-        torch, aten, case = self.torch, self.torch.ops.aten, self.case
-        samples, channels = self.x.shape[:2]
-        sizes = samples, channels, self.x[0, 0].numel(), case.groups
-        y, mean, rstd = torch.native_group_norm(self.x, self.weight, self.bias, *sizes, case.eps)
-        saved = (self.x, mean, rstd, self.weight, *sizes, [True, True, True])
-        dweight, dbias = (torch.empty_like(parameter) for parameter in (self.weight, self.bias))
-        if pass_ == "backward":
-            out = lambda: aten.native_group_norm_backward.out(self.dy, *saved, out0=y, out1=dweight, out2=dbias)[0]  # noqa: E731
-            default = lambda: aten.native_group_norm_backward(self.dy, *saved)[0]  # noqa: E731
-        else:
-            given = self.x, self.weight, self.bias, *sizes, case.eps
-            out = lambda: aten.native_group_norm.out(*given, out0=y, out1=mean, out2=rstd)[0]  # noqa: E731
-            default = lambda: torch.nn.functional.group_norm(self.x, case.groups, self.weight, self.bias, case.eps)  # noqa: E731
-        return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]
+    def parameter_dtype(self) -> Any:
+        return self.x.dtype if self.x.is_cuda else super().parameter_dtype()
+
+    def function(self, *given: Any) -> Any:
+        x, weight, bias = given
+        return self.torch.nn.functional.group_norm(x, self.case.groups, weight, bias, self.case.eps)
+
+    def saved(self) -> tuple[Any, ...]:
+        """y, mean, rstd, and the sizes that the operations take."""
+        sizes = *self.x.shape[:2], self.x[0, 0].numel(), self.case.groups
+        return *self.torch.native_group_norm(self.x, self.weight, self.bias, *sizes, self.case.eps), sizes
+
+    def call(self, pass_: str) -> Callable[[], Any]:
+        if pass_ != "backward":
+            return super().call(pass_)
+        _, mean, rstd, sizes = self.saved()
+        saved = self.x, mean, rstd, self.weight, *sizes, [True, True, True]
+        return lambda: self.torch.ops.aten.native_group_norm_backward(self.dy, *saved)[0]
+
+    def out(self, pass_: str) -> Callable[[], Any]:
+        aten = self.torch.ops.aten
+        y, mean, rstd, sizes = self.saved()
+        if pass_ != "backward":
+            given = self.x, self.weight, self.bias, *sizes, self.case.eps
+            return lambda: aten.native_group_norm.out(*given, out0=y, out1=mean, out2=rstd)[0]
+        saved = self.x, mean, rstd, self.weight, *sizes, [True, True, True]
+        dweight, dbias = (self.torch.empty_like(parameter) for parameter in (self.weight, self.bias))
+        return lambda: aten.native_group_norm_backward.out(self.dy, *saved, out0=y, out1=dweight, out2=dbias)[0]
 
 
 class TorchWeight(Torch):
     """PyTorch's weight norm, whose g has v's dtype."""
 
-    def tensor(self, array: Array) -> Any:
-        return self.whole(array)
+    second = False
 
-    def array(self, tensor: Any) -> Array:
-        return np.asarray(tensor.detach().float().numpy())
+    def parameter_dtype(self) -> Any:
+        return self.x.dtype
 
-    def contenders(self, pass_: str) -> list[Contender]:
-        torch, aten, dim = self.torch, self.torch.ops.aten, self.case.axis
-        g = self.weight.to(self.x.dtype)
+    def arguments(self) -> tuple[Any, ...]:
+        return self.x, self.weight
+
+    def function(self, *given: Any) -> Any:
+        return self.torch._weight_norm(*given, self.case.axis)
+
+    def call(self, pass_: str) -> Callable[[], Any]:
+        if pass_ != "backward":
+            return super().call(pass_)
+        aten, g, dim = self.torch.ops.aten, self.weight, self.case.axis
+        _, norm = aten._weight_norm_interface(self.x, g, dim)
+        return lambda: aten._weight_norm_interface_backward(self.dy, self.x, g, norm, dim)[0]
+
+    def out(self, pass_: str) -> Callable[[], Any]:
+        aten, g, dim = self.torch.ops.aten, self.weight, self.case.axis
         w, norm = aten._weight_norm_interface(self.x, g, dim)
-        dg = torch.empty_like(g)
-        if pass_ == "backward":
-            saved = self.dy, self.x, g, norm, dim
-            out = lambda: aten._weight_norm_interface_backward.out(*saved, out0=w, out1=dg)[0]  # noqa: E731
-            default = lambda: aten._weight_norm_interface_backward(*saved)[0]  # noqa: E731
-        else:
-            out = lambda: aten._weight_norm_interface.out(self.x, g, dim, out0=w, out1=norm)[0]  # noqa: E731
-            default = lambda: torch._weight_norm(self.x, g, dim)  # noqa: E731
-        return [Contender("torch_out", out, self.array), Contender("torch", default, self.array)]
+        if pass_ != "backward":
+            return lambda: aten._weight_norm_interface.out(self.x, g, dim, out0=w, out1=norm)[0]
+        saved, dg = (self.dy, self.x, g, norm, dim), self.torch.empty_like(g)
+        return lambda: aten._weight_norm_interface_backward.out(*saved, out0=w, out1=dg)[0]
+
+
+def torch_peer(case: Case) -> type[Torch] | None:
+    """PyTorch's way to compute a case, if it has one."""
+    return _TORCH.get(case.norm) if case.activation in (None, "relu") and case.ghost_batch_size is None else None
 
 
 _TORCH: dict[str, type[Torch]] = {
-    "batch": Torch,
-    "instance": TorchAutograd,
+    "batch": TorchBatch,
+    "instance": TorchInstance,
     "group": TorchGroup,
-    "layer": TorchLines,
-    "rms": TorchLines,
-    "switchable": TorchAutograd,
+    "layer": TorchLayer,
+    "rms": TorchRms,
+    "switchable": TorchSwitchable,
     "weight": TorchWeight,
 }

@@ -30,7 +30,7 @@ import numpy as np
 
 import fusednorm
 from fusednorm import _C, arrays
-from fusednorm.bench.contenders import Torch, compared, ours
+from fusednorm.bench.contenders import Torch, TorchBatch, compared, ours, torch_peer
 from fusednorm.bench.timing import ROUNDS, Contender, interleaved, spread
 from fusednorm.testing import cases
 from fusednorm.testing.cases import Array, Case, Inputs
@@ -52,9 +52,9 @@ def floor(case: Case, pass_: str, on_chip: int) -> int:
     """Tensors of x's size that one call must at least move between chip and memory.
 
     Forward and evaluation read x and write y; backward reads dy and x and writes dx; a residual is read, and dresidual
-    written. The statistics need all of a channel before its first result, so its elements are kept on the chip in
-    between, in the shared memory of all SMs, or read again: channels first all of a channel; channels last a strip of
-    64 bytes of each row. (That part of it may come from L2 instead is not counted.)
+    written. A statistic needs all of its elements before the first result, so they are kept on the chip in between, in
+    the shared memory of all SMs, or read again: all of a channel, group or line; channels last a strip of each row, of
+    64 bytes at least. (That part of it may come from L2 instead is not counted.)
 
     Args:
         on_chip: bytes of shared memory of all SMs.
@@ -66,18 +66,24 @@ def floor(case: Case, pass_: str, on_chip: int) -> int:
     if pass_ == "eval":
         return moved
     item = cases.numpy_dtype(case.dtype).itemsize
-    per_channel = case.size // max(case.channels, 1) * item
-    first = case.axis % len(case.shape) == 1 and len(case.shape) > 2 and math.prod(case.shape[2:]) > 1
-    kept = per_channel if first else per_channel // item * min(case.channels * item, NARROWEST)
+    *_, channels, positions = case.cells
+    if case.ghost_batch_size is not None:
+        samples = case.shape[0 if case.axis else 1]
+        positions = positions // samples * min(case.ghost_batch_size, samples)
+    row = channels * item
+    if not case.has_lines and math.prod(case.shape[case.axis % len(case.shape) + 1 :]) == 1:  # channels last
+        row = min(case.channels * item, max(row, NARROWEST))
+    kept = positions * row
     return moved if again * kept <= on_chip else moved + again
 
 
 class Gpu:
     """Where contenders run: one GPU, on a stream of its own, within ``with``.
 
-    Contenders: ``copy``; ``ours_out`` and ``ours`` as on the CPU; ``native``, PyTorch's own kernels; ``cudnn``, where
-    PyTorch would choose that; ``compile``, what torch.compile makes of it; ``cupy``, the formula, an operation at a
-    time.
+    Contenders: ``copy``; ``ours_out`` and ``ours`` as on the CPU; ``native``, PyTorch's own kernels (of instance norm
+    those that PyTorch chooses, cuDNN's included), backward by autograd where the norm is not batch norm; ``cudnn``, for
+    batch norm where PyTorch would choose that; ``compile``, what torch.compile makes of the forward, and of autograd's
+    backward; ``cupy``, the formula of batch norm, an operation at a time.
 
     Args:
         device: such as ``cuda:0``.
@@ -204,32 +210,40 @@ class Gpu:
             "ours_out": lambda: both[0],
             "ours": lambda: both[1],
         }
-        makers["cupy"] = lambda: Contender("cupy", self._formula(case, inputs, pass_), lambda result: result)
-        if case.activation not in (None, "relu"):
+        if case.norm == "batch" and case.ghost_batch_size is None:
+            makers["cupy"] = lambda: Contender("cupy", self._formula(case, inputs, pass_), lambda result: result)
+        peer = torch_peer(case)
+        if peer is None:
             return makers
 
-        def theirs() -> _Torch:
+        def theirs() -> Torch:
             if not self.torch:
                 raise LookupError(self.without_torch)
-            return _Torch(case, inputs)
+            return (_Batch if peer is TorchBatch else peer)(case, inputs)
 
         def native() -> Contender:
             torch = theirs()
-            return Contender("native", torch.call(pass_, cudnn=False), torch.array)
+            if isinstance(torch, _Batch):
+                return Contender("native", torch.chosen(pass_, cudnn=False), torch.array)
+            return Contender("native", torch.of(torch.function, pass_), torch.array)
 
         def cudnn() -> Contender:
             torch = theirs()
-            if torch.normalized(cudnn=True)[-1] != 1:
+            if not isinstance(torch, _Batch) or torch.normalized(cudnn=True)[-1] != 1:
                 raise LookupError("PyTorch does not choose it here")
-            return Contender("cudnn", torch.call(pass_, cudnn=True), torch.array)
+            return Contender("cudnn", torch.chosen(pass_, cudnn=True), torch.array)
 
         def compiled() -> Contender:
             torch = theirs()
             if not self.compiles and "compile" not in case.tags:
                 raise LookupError("for few cases only, unless --compile asks for all")
             if (case, pass_) not in self.compiled:
-                self.compiled[case, pass_] = torch.compiled(pass_)
-            return Contender("compile", torch.compiled_call(self.compiled[case, pass_], pass_), torch.array)
+                # Else what was compiled for cases before would count towards the limit after which it does not compile.
+                self.torch.compiler.reset()
+                self.compiled[case, pass_] = self.torch.compile(torch.function, dynamic=False, fullgraph=True)
+            # Donated, what forward saves would be gone after the first backward.
+            with importlib.import_module("torch._functorch.config").patch(donated_buffer=False):
+                return Contender("compile", torch.of(self.compiled[case, pass_], pass_), torch.array)
 
         return makers | {"native": native, "cudnn": cudnn, "compile": compiled}
 
@@ -403,18 +417,8 @@ def _nvidia_smi(bus: str) -> dict[str, str]:
     return dict(zip(names, map(str.strip, told), strict=True))
 
 
-class _Torch(Torch):
-    """PyTorch on the same memory of the GPU."""
-
-    def whole(self, array: Array) -> Any:
-        if array.dtype.name == "bfloat16":
-            return self.torch.from_dlpack(array.view(np.int16)).view(self.torch.bfloat16)
-        return self.torch.from_dlpack(array)
-
-    def array(self, tensor: Any) -> Array:
-        cupy = importlib.import_module("cupy")
-        back: Array = cupy.from_dlpack(self.torch.moveaxis(tensor, 1, self.case.axis).float())
-        return back
+class _Batch(TorchBatch):
+    """PyTorch's batch norm on a GPU, with or without cuDNN."""
 
     def normalized(self, *, cudnn: bool) -> Any:
         """y, mean, rstd, what cuDNN keeps for the backward; and 1 where it is cuDNN that computed them, 0 where not."""
@@ -423,13 +427,13 @@ class _Torch(Torch):
             self.case.training, self.case.momentum, self.case.eps, cudnn,
         )  # fmt: skip
 
-    def call(self, pass_: str, *, cudnn: bool) -> Callable[[], Any]:
+    def chosen(self, pass_: str, *, cudnn: bool) -> Callable[[], Any]:
         """One pass by operations as a model's forward and autograd's backward choose them."""
         aten, case = self.torch.ops.aten, self.case
         if pass_ != "backward":
-            return lambda: self.epilogue(self.normalized(cudnn=cudnn)[0])
+            return lambda: self.epilogue(self.normalized(cudnn=cudnn)[0], self.residual)
         y, mean, rstd, kept, chosen = self.normalized(cudnn=cudnn)
-        y = self.epilogue(y)
+        y = self.epilogue(y, self.residual)
 
         def backward() -> Any:
             u = aten.threshold_backward(self.dy, y, 0) if case.activation else self.dy
@@ -439,32 +443,3 @@ class _Torch(Torch):
             )[0]  # fmt: skip
 
         return backward
-
-    def compiled(self, pass_: str) -> Callable[..., Any]:
-        """torch.compile's function for :meth:`compiled_call`; it compiles when it is first called."""
-        torch, case = self.torch, self.case
-        residual, relu = case.residual, bool(case.activation)
-
-        def forward(x: Any, weight: Any, bias: Any, mean: Any, var: Any, other: Any) -> Any:
-            y = torch.nn.functional.batch_norm(x, mean, var, weight, bias, case.training, case.momentum, case.eps)
-            y = y + other if residual else y
-            return torch.relu(y) if relu else y
-
-        def backward(dy: Any, y: Any, x: Any, weight: Any, mean: Any, rstd: Any) -> Any:
-            u = torch.ops.aten.threshold_backward(dy, y, 0) if relu else dy
-            return torch.ops.aten.native_batch_norm_backward(
-                u, x, weight, None, None, mean, rstd, True, case.eps, [True, True, True]
-            )
-
-        # Else what was compiled for cases before would count towards the limit after which it does not compile.
-        torch.compiler.reset()
-        function: Callable[..., Any] = torch.compile(
-            backward if pass_ == "backward" else forward, dynamic=False, fullgraph=True
-        )
-        return function
-
-    def compiled_call(self, function: Callable[..., Any], pass_: str) -> Callable[[], Any]:
-        if pass_ != "backward":
-            return lambda: function(self.x, self.weight, self.bias, self.running_mean, self.running_var, self.residual)
-        y, mean, rstd = self.saved()
-        return lambda: function(self.dy, y, self.x, self.weight, mean, rstd)[0]

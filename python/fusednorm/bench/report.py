@@ -23,6 +23,8 @@ def label(row: Row) -> str:
         parts.insert(1, "last")
     if row["norm"] != "batch":
         parts.insert(0, row["norm"])
+    if row.get("ghost_batch_size"):  # which older results lack
+        parts.append(f"ghosts of {row['ghost_batch_size']}")
     if row["residual"]:
         parts.append("+ residual")
     if row["activation"]:
@@ -185,7 +187,7 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"{pass_} reaches {_mean(shares):.0%} of the copy's bandwidth (geometric mean)")
     lines.append(f"{sum(map(loses, rows))} of {len(rows)} rows lost")
     partly = sum(row["checked"][0] < row["checked"][1] for row in rows)
-    some = f", {partly} of them on some of their channels" if partly else ""
+    some = f", {partly} of them on some of their channels or lines" if partly else ""
     lines.append(f"all rows checked against float64 before timing{some}")
     eager = sorted({name for row in rows for name in row.get("eager", ())})
     if eager:

@@ -11,7 +11,7 @@ from typing import Any
 from fusednorm import bench
 from fusednorm.bench import report
 from fusednorm.cli.extras import add_device, positive, require, require_device
-from fusednorm.testing.cases import BENCH, DTYPES, Case
+from fusednorm.testing.cases import DTYPES, NORMS, Case
 
 
 def add(commands: Any) -> None:
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     )
     add_device(parser)
     parser.add_argument("--quick", action="store_true", help="the small cases only, and five rounds")
-    parser.add_argument("--norm", choices=sorted({case.norm for case in BENCH}), help="only this norm")
+    parser.add_argument("--norm", choices=NORMS, help="only this norm")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument("--layout", choices=("first", "last", "all"), default="all", help="where the channels lie")
     parser.add_argument("--pass", dest="passes", choices=(*bench.PASSES, "all"), default="all", help="only this pass")

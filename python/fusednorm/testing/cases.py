@@ -36,6 +36,8 @@ UNDERFLOW = {"float64": 2.0**-1074, "float32": 2.0**-150, "float16": 2.0**-25, "
 # Bounds on |activation''|: how far an error in pre carries into the derivative.
 CURVATURE = {None: 0.0, "relu": 0.0, "leaky_relu": 0.0, "silu": 0.5, "sigmoid": 0.1, "tanh": 0.8}
 
+NORMS = ("batch", "instance", "group", "switchable", "layer", "rms", "weight")
+
 SLOW_ELEMENTS = 500_000
 SANITIZE_ELEMENTS = 3_000
 
@@ -46,9 +48,8 @@ class Case:
 
     Attributes:
         name: unique in its list, made of letters, digits, ``-``, ``_`` and ``.``.
-        norm: ``batch``, ``instance``, ``group``, ``layer``, ``rms``, ``switchable`` or ``weight``. What follows says
-            "statistic" for what it is taken over: a channel, of all samples or (instance, switchable) of each, a group
-            of channels, or a line, all of the last ``normalized`` axes.
+        norm: one of ``NORMS``. What follows says "statistic" for what it is taken over: a channel, of all samples or
+            (instance, switchable) of each, a group of channels, or a line, all of the last ``normalized`` axes.
         shape, axis: of x; ``axis`` holds the channels, and is weight norm's ``dim``. Of layer and RMS norm it has no
             meaning.
         normalized: how many axes layer and RMS norm normalize over.
@@ -205,7 +206,7 @@ class Outputs:
     mean: Array | None
     rstd: Array
     dx: Array
-    dweight: Array
+    dweight: Array | None
     dbias: Array | None
     dresidual: Array | None
     running_mean: Array | None
@@ -511,6 +512,7 @@ def bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Float64]:
     if case.norm != "batch":
         return _cell_bounds(case, inputs, expected)
     assert expected.mean is not None
+    assert expected.dweight is not None
     assert expected.dbias is not None
     x, dy = _float64(inputs.x), _float64(inputs.dy)
     weight = _along(np.ones(case.channels) if inputs.weight is None else _float64(inputs.weight), case)
@@ -611,7 +613,7 @@ def _cell_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Flo
     rstd = expected.rstd.reshape(samples, groups, 1, 1)
     mean = np.zeros_like(rstd) if expected.mean is None else expected.mean.reshape(rstd.shape)
     mean_bound, var_bound = _statistics_bounds(case, mean, rstd)
-    if not case.centered:
+    if expected.mean is None:
         mean_bound = np.zeros_like(rstd)
 
     def most(values: Float64) -> Float64:
@@ -652,13 +654,14 @@ def _cell_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, Flo
         "y": _stored(case, y, _to_cells(expected.y, case), case.dtype),
         "var": var_bound,
         "dx": _stored(case, dx, _to_cells(expected.dx, case), case.dtype),
-        "dweight": _stored(case, dweight, expected.dweight, case.gradient_dtype),
     }
     for name in ("y", "dx"):
         allowed[name] = _from_cells(np.broadcast_to(allowed[name], case.cells), case)
-    if expected.mean is not None and expected.dbias is not None:
+    if expected.mean is not None:
         allowed["mean"] = mean_bound
-        allowed["dbias"] = _stored(case, dbias, expected.dbias, case.gradient_dtype)
+    for name, bound, gradient in (("dweight", dweight, expected.dweight), ("dbias", dbias, expected.dbias)):
+        if gradient is not None:
+            allowed[name] = _stored(case, bound, gradient, case.gradient_dtype)
     for name in allowed.keys() & {"mean", "var"}:
         allowed[name] = allowed[name].reshape(_result(case, expected, name).shape)
     if expected.running_mean is not None and expected.running_var is not None:
@@ -703,6 +706,7 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
     assert expected.variances is not None
     assert expected.dmean_logits is not None
     assert expected.dvar_logits is not None
+    assert expected.dweight is not None
     assert expected.dbias is not None
     _, channels, _, k = case.cells
     unit = UNIT_ROUNDOFF["float64"]
@@ -712,8 +716,8 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
     few = 32 * unit  # of softmax, mixture and coefficients
 
     x, dy = _to_cells(_float64(inputs.x), case)[:, :, 0], _to_cells(_float64(inputs.dy), case)[:, :, 0]
-    weight = (np.ones(channels) if inputs.weight is None else _float64(inputs.weight))[:, None]
-    bias = (np.zeros(channels) if inputs.bias is None else _float64(inputs.bias))[:, None]
+    weight = np.ones(channels) if inputs.weight is None else np.abs(_float64(inputs.weight))
+    bias = np.zeros(channels) if inputs.bias is None else np.abs(_float64(inputs.bias))
     p, q = (reference._softmax(_float64(a), "") for a in (inputs.mean_logits, inputs.var_logits) if a is not None)
     means, variances, r = expected.mean, expected.variances, expected.rstd
     m, v = means[0], variances[0]
@@ -736,23 +740,29 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
     of_variance = np.tensordot(q, of_variances, 1) + few * variance
     rstd_error = 0.5 * of_variance * r**2 + few
 
-    def total(values: Float64) -> Float64:
-        """Over each instance."""
-        summed: Float64 = values.sum(axis=2)
-        return summed
+    # Of each instance; what varies within one is kept to few sweeps, of |xhat| and |x - m|.
+    xhat = (x - mean[:, :, None]) * r[:, :, None]
+    largest, largest_dy = (np.max(np.abs(a), axis=2, initial=0.0) for a in (xhat, dy))
+    sum_dy, sum_abs_dy = dy.sum(axis=2), np.abs(dy).sum(axis=2)
+    xhat_dy = xhat * dy
+    sum_xhat_dy, sum_abs_xhat_dy = xhat_dy.sum(axis=2), np.abs(xhat_dy, out=xhat_dy).sum(axis=2)
+    xhat = np.abs(xhat, out=xhat)
+    fixed = of_mean * r  # xhat errs by that and by |xhat| * rstd_error
 
-    r_, mean_ = r[:, :, None], mean[:, :, None]
-    xhat = (x - mean_) * r_
-    xhat_error = of_mean[:, :, None] * r_ + np.abs(xhat) * rstd_error[:, :, None]
-    largest = np.max(np.abs(xhat), axis=2, keepdims=True, initial=0.0)
-    y = np.abs(weight) * xhat_error + point * (np.abs(weight) * largest + np.abs(bias))
+    def within(*terms: tuple[Float64, Float64 | None]) -> Float64:
+        """The sum of an instance's coefficients, each times what varies within it."""
+        found = np.zeros_like(x)
+        for coefficient, values in terms:
+            found += coefficient[:, :, None] * (1.0 if values is None else values)
+        return found
 
-    w_dy = np.abs(weight * dy)
-    dmean, dvar = -r * total(weight * dy), -0.5 * r**2 * total(weight * dy * xhat)
-    of_dmean = r * sums * total(w_dy) + np.abs(dmean) * rstd_error
-    of_dvar = (
-        0.5 * r**2 * (sums * total(w_dy * np.abs(xhat)) + total(w_dy * xhat_error)) + 2 * np.abs(dvar) * rstd_error
-    )
+    y = within((weight * fixed + point * (weight * largest + bias), None), (weight * rstd_error, xhat))
+
+    signed = np.ones(channels) if inputs.weight is None else _float64(inputs.weight)
+    dmean, dvar = -r * signed * sum_dy, -0.5 * r**2 * signed * sum_xhat_dy
+    of_dmean = r * sums * weight * sum_abs_dy + np.abs(dmean) * rstd_error
+    sum_errors = fixed * sum_abs_dy + rstd_error * sum_abs_xhat_dy
+    of_dvar = 0.5 * r**2 * weight * (sums * sum_abs_xhat_dy + sum_errors) + 2 * np.abs(dvar) * rstd_error
     to_m, to_v = p[0] * dmean, q[0] * dvar
     of_to_m, of_to_v = p[0] * of_dmean, q[0] * of_dvar
     for part, over in ((1, 1), (2, 0))[: 2 if case.training else 1]:
@@ -767,11 +777,16 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
         of_to_m = of_to_m + p[part] * shared(of_dmean) + few * p[part] * shared(np.abs(dmean))
         of_to_m = of_to_m + 2 * q[part] * (np.abs(away) * shared(of_dvar) + off * np.abs(shared(dvar)))
         of_to_v = of_to_v + q[part] * shared(of_dvar) + few * q[part] * shared(np.abs(dvar))
-    from_m, away = np.abs(x - m[:, :, None]), np.abs(x - mean_) + np.abs(mean - m)[:, :, None]
-    through = of_to_m[:, :, None] + 2 * from_m * of_to_v[:, :, None] + 2 * np.abs(to_v * of_m)[:, :, None]
-    rounded = np.abs(to_m)[:, :, None] + 2 * np.abs(to_v)[:, :, None] * away
-    dx = (through + (point + rstd_error[:, :, None]) * rounded) / max(k, 1)
-    dx = dx + (point + rstd_error[:, :, None]) * r_ * np.max(w_dy, axis=2, keepdims=True, initial=0.0)
+    # Through the statistics: to_m + 2 * to_v * (x - m), over k; it rounds with |x - mean| + |mean - m|.
+    relative = point + rstd_error
+    rounded = np.abs(to_m) + 2 * np.abs(to_v) * np.abs(mean - m)
+    shared_error = of_to_m + 2 * np.abs(to_v * of_m) + relative * rounded
+    n = max(k, 1)
+    dx = within(
+        (shared_error / n + relative * r * weight * largest_dy, None),
+        (2 * of_to_v / n, np.abs(x - m[:, :, None])),
+        (2 * relative * np.abs(to_v) / (r * n), xhat),
+    )
 
     def mixed(
         share: Float64, gradient: Float64, of_gradient: Float64, parts: Float64, mix: Float64, of: Any
@@ -782,8 +797,7 @@ def _mixture_bounds(case: Case, inputs: Inputs, expected: Outputs) -> dict[str, 
         found: Float64 = share * np.sum(error + few * np.abs(gradient) * (np.abs(parts) + np.abs(mix)), axis=(1, 2))
         return found
 
-    dweight = sums * np.sum(np.abs(dy * xhat), axis=(0, 2)) + np.sum(np.abs(dy) * xhat_error, axis=(0, 2))
-    dbias = sums * np.sum(np.abs(dy), axis=(0, 2))
+    dweight, dbias = np.sum(sums * sum_abs_xhat_dy + sum_errors, axis=0), sums * np.sum(sum_abs_dy, axis=0)
     dmean_logits = mixed(p, dmean, of_dmean, means, mean, (of_means, of_mean))
     dvar_logits = mixed(q, dvar, of_dvar, variances, variance, (of_variances, of_variance))
     y, dx = (_from_cells(np.broadcast_to(a, x.shape)[:, :, None], case) for a in (y, dx))
@@ -1445,8 +1459,8 @@ RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024
 
 
 def _bench_cases() -> list[Case]:
-    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. The
-    other norms."""
+    """ResNet-50's layers at 32 images, small calls, and odd ones; training and evaluation, forward and backward. Ghost
+    batches. The other norms."""
     resnet = [layout for channels, side in RESNET for layout in _layouts(32, channels, side, side)]
     flat: list[tuple[tuple[int, ...], int]] = [((4096, 1024), 1), ((256, 512), 1), ((64, 32), 1)]
     odd = [*_layouts(32, 3, 224, 224), *_layouts(32, 65, 56, 56)]
@@ -1468,6 +1482,7 @@ def _bench_cases() -> list[Case]:
             (False, True),
         )
     ]
+    ghosts = [((256, 512), 1), *_layouts(32, 256, 14, 14), *_layouts(32, 256, 56, 56)]
     lines = [(32768, 1024), (8192, 4096), (65536, 256), (1024, 32768), (4096, 768), (256, 1024), (64, 512)]
     images = [
         *_layouts(32, 64, 112, 112),
@@ -1485,6 +1500,10 @@ def _bench_cases() -> list[Case]:
     return [
         *plain,
         *fused,
+        *[
+            _case(*layout, dtype=dtype, ghost_batch_size=8, tags=("bench", *(("quick",) if layout in quick else ())))
+            for layout, dtype in itertools.product(ghosts, ("float32", "bfloat16"))
+        ],
         *[
             _case(
                 shape, norm=norm, dtype=dtype, running=False, tags=("bench", *(("quick",) if shape[0] < 8192 else ()))
@@ -1511,7 +1530,9 @@ def _bench_cases() -> list[Case]:
 
 
 def _bench_cuda_cases() -> list[Case]:
-    """ResNet-50's layers at 32 and at 256 images, (N, C), few channels in large volumes, and a small call."""
+    """Batch norm: ResNet-50's layers at 32 and at 256 images, (N, C), few channels in large volumes, a small call,
+    ghost batches. Layer and RMS norm: lines of 256 to 65,536 numbers, 256 MiB together, and a small call. Instance and
+    group norm: two of ResNet-50's layers at 32 images, and a small call."""
     small = _layouts(8, 64, 7, 7)
     resnet = [
         layout for batch in (32, 256) for channels, side in RESNET for layout in _layouts(batch, channels, side, side)
@@ -1537,7 +1558,29 @@ def _bench_cuda_cases() -> list[Case]:
             [*_layouts(32, 256, 56, 56), *_layouts(32, 1024, 14, 14)], (True, False)
         )
     ]
-    return plain + fused
+    ghosts = [
+        _case(*layout, dtype=dtype, ghost_batch_size=32, tags=("bench",))
+        for layout, dtype in itertools.product(_layouts(256, 256, 14, 14), ("bfloat16", "float32"))
+    ]
+    family: list[Case] = []
+    for dtype, bytes_ in (("bfloat16", 2), ("float32", 4)):
+        wide = [(2**28 // bytes_ // width, width) for width in (256, 1024, 4096, 16384, 65536)]
+        family += [
+            _case(shape, norm=norm, dtype=dtype, running=False, tags=("bench", tag) if tag else ("bench",))
+            for norm in ("layer", "rms")
+            for shape, tag in [
+                ((2048, 1024), "quick"),
+                *((s, "compile" if s[1] in (1024, 16384) else "") for s in wide),
+            ]
+        ]
+        by_sample: list[dict[str, Any]] = [{"norm": "instance"}, {"norm": "group", "groups": 32}]
+        images = [(8, 256, 14, 14), (32, 256, 56, 56), (32, 64, 112, 112)]
+        family += [
+            _case(*layout, dtype=dtype, running=False, tags=("bench", tag) if tag else ("bench",), **norm)
+            for norm, (image, tag) in itertools.product(by_sample, zip(images, ("quick", "compile", ""), strict=True))
+            for layout in _layouts(*image)
+        ]
+    return plain + fused + ghosts + family
 
 
 CASES: tuple[Case, ...] = (
