@@ -232,9 +232,11 @@ def test_grad_input(shape: Any, dtype: str, activation: Any, given: str, isa: st
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize(("training", "averaged"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("training", "averaged", "correction"), [(True, False, 1), (True, True, 1), (True, True, 0), (False, False, 0)]
+)
 def test_forward_and_backward_are_the_verbs_one_after_the_other(
-    shape: Any, dtype: str, training: bool, averaged: bool, isa: str
+    shape: Any, dtype: str, training: bool, averaged: bool, correction: int, isa: str
 ) -> None:
     drawn = Drawn(shape, dtype)
     f, s, c = drawn.fold, drawn.fold.statistics, drawn.fold.channels
@@ -246,7 +248,7 @@ def test_forward_and_backward_are_the_verbs_one_after_the_other(
     y, mean, rstd = np.full_like(drawn.x, np.nan), np.empty(s), np.empty(s)
     _C.forward(
         f, drawn.x, drawn.weight, drawn.bias, running_mean, running_var, drawn.residual, None, y, mean, rstd,
-        training, 0.25, -1, averaged, 1e-3, 1, 0.0,
+        training, 0.25, -1, averaged, correction, 1e-3, 1, 0.0,
     )  # fmt: skip
     x, n = apart(drawn.x, shape), shape[1] * shape[3]
     if training:
@@ -256,7 +258,7 @@ def test_forward_and_backward_are_the_verbs_one_after_the_other(
         entries = [slice(None)] if averaged else [slice(b, b + 1) for b in range(shape[0])]
         for b in entries:
             want_mean = 0.75 * want_mean + 0.25 * x.mean(axis=(1, 3))[b].mean(axis=0)
-            want_var = 0.75 * want_var + 0.25 * var[b].mean(axis=0) * n / (n - 1)
+            want_var = 0.75 * want_var + 0.25 * var[b].mean(axis=0) * n / (n - correction)
         np.testing.assert_allclose(running_mean, want_mean, rtol=2e-6)
         np.testing.assert_allclose(running_var, want_var, rtol=2e-6)
     if not training:
@@ -308,7 +310,9 @@ def test_large_folds(shape: Any, dtype: str, masked: bool, isa: str, threads: No
         y, dx, mean, rstd = np.full_like(drawn.x, np.nan), np.full_like(drawn.x, np.nan), np.empty(s), np.empty(s)
         dweight, dbias = np.empty(c), np.empty(c)
         parameters, given = (drawn.weight, drawn.bias), mask.ravel() if masked else None
-        _C.forward(f, drawn.x, *parameters, None, None, None, given, y, mean, rstd, True, 0.0, -1, False, 1e-3, 0, 0.0)
+        _C.forward(
+            f, drawn.x, *parameters, None, None, None, given, y, mean, rstd, True, 0.0, -1, False, 1, 1e-3, 0, 0.0
+        )
         _C.backward(f, drawn.dy, drawn.x, mean, rstd, *parameters, None, given, False, 0, 0.0, dx, None, dweight, dbias)
         results.append((y, mean, rstd, dx, dweight, dbias))
     for one, other in zip(*results, strict=True):
@@ -611,7 +615,7 @@ def test_the_verbs_of_lines_one_after_the_other(dtype: str, centered: bool, isa:
     x, dy = (normal((13, 2, 37), dtype, seed) + seed for seed in (0, 1))
     weight, bias = normal((74,), "float32", 2), normal((74,), "float32", 3)
     y, mean, rstd = np.full_like(x, np.nan), np.empty(26) if centered else None, np.empty(26)
-    _C.forward(f, x, weight, bias, None, None, None, None, y, mean, rstd, True, 0.0, -1, False, 1e-3, 0, 0.0)
+    _C.forward(f, x, weight, bias, None, None, None, None, y, mean, rstd, True, 0.0, -1, False, 1, 1e-3, 0, 0.0)
     count, own_mean, m2 = np.empty(26), np.empty(26), np.empty(26)
     _C.moments(f, x, None, centered, count, own_mean, m2)
     np.testing.assert_array_equal(count, 37)
@@ -652,7 +656,7 @@ def test_no_mean_is_a_mean_of_0(fold_: tuple[int, ...], isa: str) -> None:
     x, dy = normal((f.size,)) + 1, normal((f.size,), seed=1)
     weight, bias, zeros, rstd = normal((c,), seed=2), normal((c,), seed=3), np.zeros(s), np.empty(s)
     y, other = np.full_like(x, np.nan), np.full_like(x, np.nan)
-    _C.forward(f, x, weight, bias, None, None, None, None, y, None, rstd, True, 0.0, -1, False, 1e-3, 0, 0.0)
+    _C.forward(f, x, weight, bias, None, None, None, None, y, None, rstd, True, 0.0, -1, False, 1, 1e-3, 0, 0.0)
     squares = (x.astype(np.float64) ** 2).reshape(fold_[:4]).sum(axis=(1, 3)).ravel()
     np.testing.assert_allclose(rstd, (squares / n + 1e-3) ** -0.5, rtol=1e-6)
     for mean in (None, zeros):
@@ -677,7 +681,7 @@ def test_what_is_needed_must_be_given() -> None:
     for call, name in (
         (lambda: _C.moments(f, x, None, True, s, s, None), "m2"),
         (lambda: _C.normalize(lines, x, None, None, None, None, None, 0, 0.0, x.copy()), "rstd"),
-        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), s, None, True, 0.1, -1, False, 1e-5, 0, 0.0), "rstd"),
+        (lambda: _C.forward(f, x, *[None] * 6, x.copy(), s, None, True, 0.1, -1, False, 1, 1e-5, 0, 0.0), "rstd"),
         (lambda: _C.backward(f, x, x, s, None, *[None] * 4, False, 0, 0.0, x.copy(), None, c, c.copy()), "rstd"),
         (lambda: _C.backward(f, x, x, s, s, *[None] * 4, False, 0, 0.0, x.copy(), None, None, c), "dweight"),
         (lambda: _C.grad_sums(f, x, x, s, s, None, None, None, 0, 0.0, None, s, c, c.copy()), "s1"),

@@ -276,8 +276,8 @@ void normalize(const Fold& f, py::handle x, py::handle mean, py::handle rstd, py
 
 void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py::handle running_mean,
              py::handle running_var, py::handle residual, py::handle mask, py::handle y, py::handle mean,
-             py::handle rstd, bool training, double momentum, int64_t counted, bool averaged, double eps,
-             int activation, double slope, uintptr_t stream, py::handle scratch) {
+             py::handle rstd, bool training, double momentum, int64_t counted, bool averaged, int correction,
+             double eps, int activation, double slope, uintptr_t stream, py::handle scratch) {
   const Array in = tensor(x, "x", f.size(), false);
   expect_loops(f);
   const int64_t c = f.channels(), s = f.statistics();
@@ -286,6 +286,7 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
   const Vector w(weight, "weight", c, in), b(bias, "bias", c, in);
   expect(bool(rm.array()) == bool(rv.array()), "running_mean and running_var go together");
   expect(training || rm.array(), "running statistics are missing in evaluation");
+  expect(correction == 0 || correction == 1, "correction must be 0 or 1");
   expect(!training || f.size() == 0 || !rm.array() || f.per_statistic() > 1,
          "Expected more than 1 value per channel when training");
   if (training) {
@@ -296,11 +297,12 @@ void forward(const Fold& f, py::handle x, py::handle weight, py::handle bias, py
     expect_apart(rv, "running_var", b, "bias");
   }
   double *m = statistics(mean, "mean", s, true, in, false), *r = statistics(rstd, "rstd", s, true, in);
-  call(in, &Backend::forward,
-       ForwardArgs{
-           f, in, w.array(), b.array(), epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)),
-           mask_of(mask, f, in), eps, training, RunningArgs{rm.array(), rv.array(), momentum, counted, averaged}, m, r,
-           tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
+  call(
+      in, &Backend::forward,
+      ForwardArgs{f, in, w.array(), b.array(),
+                  epilogue(activation, slope, tensor(residual, "residual", f.size(), false, &in)), mask_of(mask, f, in),
+                  eps, training, RunningArgs{rm.array(), rv.array(), momentum, counted, averaged, double(correction)},
+                  m, r, tensor(y, "out", f.size(), true, &in), queue_of(in, f, stream, scratch)});
   if (training) {
     rm.write_back();
     rv.write_back();
@@ -461,8 +463,8 @@ PYBIND11_MODULE(_C, m) {
         arg("residual"), arg("activation"), arg("slope"), arg("y"), arg("stream") = 0, arg("scratch") = py::none());
   m.def("forward", &forward, arg("fold"), arg("x"), arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"),
         arg("residual"), arg("mask"), arg("y"), arg("mean"), arg("rstd"), arg("training"), arg("momentum"),
-        arg("counted"), arg("averaged"), arg("eps"), arg("activation"), arg("slope"), arg("stream") = 0,
-        arg("scratch") = py::none());
+        arg("counted"), arg("averaged"), arg("correction"), arg("eps"), arg("activation"), arg("slope"),
+        arg("stream") = 0, arg("scratch") = py::none());
   m.def("backward", &backward, arg("fold"), arg("dy"), arg("x"), arg("mean"), arg("rstd"), arg("weight"), arg("bias"),
         arg("residual"), arg("mask"), arg("constant"), arg("activation"), arg("slope"), arg("dx"), arg("dresidual"),
         arg("dweight"), arg("dbias"), arg("stream") = 0, arg("scratch") = py::none());

@@ -36,6 +36,7 @@ struct RunningArgs {
   double momentum = 0;    // weight of the new value
   int64_t counted = -1;   // ≥ 0: new values so far; the k-th further one weighs 1/(counted + k), a cumulative average
   bool averaged = false;  // the batch entries' average is the new value (instance norm), not each in turn (ghosts)
+  double correction = 1;  // of the new variance: m2/(n − correction)
 
   FN_INLINE double weight(int64_t entry) const { return counted < 0 ? momentum : 1.0 / double(counted + entry + 1); }
   // New running value: old + weight·(new − old), rounded to its type.
@@ -52,11 +53,11 @@ struct RunningArgs {
       const Moments m = of(b);
       if (m.n < 2) continue;
       if (!averaged) {
-        update(c, weight(b), m.mean, m.m2 / (m.n - 1));
+        update(c, weight(b), m.mean, m.m2 / (m.n - correction));
         continue;
       }
       means += m.mean;
-      variances += m.m2 / (m.n - 1);
+      variances += m.m2 / (m.n - correction);
       ++some;
     }
     if (some > 0) update(c, weight(0), means / double(some), variances / double(some));

@@ -130,7 +130,8 @@ FN_DEVICE void settle(const ForwardPass& pass, const Member<T, kColumns>& me, co
       if (pass.m2) pass.m2[s] = m2;
       if (pass.sums) static_cast<Sums<R>*>(pass.sums)[s] = sums;
       // A mask that counts fewer than two numbers says nothing.
-      if (pass.updates && sums.n >= 2) pass.running.update(c, pass.update_weight, mean, m2 / (sums.n - 1));
+      if (pass.updates && sums.n >= 2)
+        pass.running.update(c, pass.update_weight, mean, m2 / (sums.n - pass.running.correction));
     }
   } else {
     mean = pass.evaluation ? pass.running.mean.get(c) : pass.given_mean ? pass.given_mean[pass.share.divide(s)] : 0;

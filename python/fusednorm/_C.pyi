@@ -85,6 +85,7 @@ def forward(
     momentum: float,
     counted: int,
     averaged: bool,
+    correction: int,
     eps: float,
     activation: int,
     slope: float,

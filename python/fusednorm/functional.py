@@ -67,6 +67,11 @@ def _check_ghosts(ghost: object) -> None:
         raise ValueError(f"ghost_batch_size must be a positive integer or None, not {ghost!r}")
 
 
+def _check_correction(correction: object) -> None:
+    if correction not in (0, 1):
+        raise ValueError(f"correction must be 0 or 1, not {correction!r}")
+
+
 @lru_cache(maxsize=4096)
 def _batch(shape: _Shape, strides: _Shape, dtype: _DType, axis: int, ghost: int | None) -> Layout | None:
     _check_ghosts(ghost)
@@ -199,6 +204,7 @@ def _forward(
     mask: Array | None = None,
     averaged: bool = False,
     center: bool = True,
+    correction: int = 1,
 ) -> tuple[Array, Any, Array]:
     """y, mean and rstd of every norm: the one whose layout function is `layout_of`, with the arguments `how`.
 
@@ -212,7 +218,7 @@ def _forward(
             with arrays.on(arrays.device(given)):
                 return _forward(
                     given, layout_of, how, weight, bias, eps, out, running_mean, running_var, training, momentum,
-                    counted, residual, activation, mask, averaged, center,
+                    counted, residual, activation, mask, averaged, center, correction,
                 )  # fmt: skip
     code, slope = (0, 0.0) if activation is None else _activation(activation)
     if momentum is None:
@@ -239,7 +245,8 @@ def _forward(
         queue = arrays.queue(x, folded)
         _C.forward(
             folded, x_, weight, bias, running_mean, running_var, residual_, positions_, y_, mean_, rstd_,
-            training, momentum, counted if counted < 0 else counted + first, averaged, eps, code, slope, *queue,
+            training, momentum, counted if counted < 0 else counted + first, averaged, correction, eps, code, slope,
+            *queue,
         )  # fmt: skip
         if queue is not arrays.CPU:
             arrays.launched(queue, y, mean, rstd, positions)
@@ -329,6 +336,7 @@ def batch_norm_forward(
     residual: Array | None = None,
     activation: Activation = None,
     ghost_batch_size: int | None = None,
+    correction: int = 1,
     mask: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -342,8 +350,9 @@ def batch_norm_forward(
     weight, bias : (C,), optional
         Any of the four dtypes, whatever x's.
     running_mean, running_var : (C,), optional
-        Updated in place when training: ``new = (1 − momentum)·old + momentum·batch``, the variance with n − 1. Used,
-        and needed, when not training. What is updated must not share memory with the other, nor with weight or bias.
+        Updated in place when training: ``new = (1 − momentum)·old + momentum·batch``, the variance with n − correction.
+        Used, and needed, when not training. What is updated must not share memory with the other, nor with weight or
+        bias.
     training : bool
         Whether the statistics are the batch's or the running ones.
     axis : int
@@ -355,6 +364,8 @@ def batch_norm_forward(
     ghost_batch_size : int, optional
         Statistics over that many consecutive samples instead of the whole batch (Hoffer et al. 2017), as if called on
         each slice in turn; the last may be shorter.
+    correction : 1 or 0
+        1: the running variance is of n − 1, as PyTorch has it; 0: of n, as Keras and Flax do.
     mask : bool, shape of x without `axis`, optional
         True where a position counts for the statistics; y is computed everywhere. A statistic over fewer than two
         counted elements leaves the running ones as they are.
@@ -383,9 +394,10 @@ def batch_norm_forward(
     Where ``|weight·rstd|`` is below 1.2e-38 (σ = 1e36 with a weight of 1e-3), it is rounded to a multiple of 1.4e-45,
     and y is off by up to ``7e-46/|weight·rstd|`` of itself.
     """
+    _check_correction(correction)
     return _forward(
         x, _batch, (axis, ghost_batch_size), weight, bias, eps, out, running_mean, running_var, training, momentum, -1,
-        residual, activation, mask,
+        residual, activation, mask, correction=correction,
     )  # fmt: skip
 
 

@@ -240,6 +240,7 @@ def batch_norm_forward(
     residual: ArrayLike | None = None,
     activation: Activation = None,
     ghost_batch_size: int | None = None,
+    correction: int = 1,
     mask: ArrayLike | None = None,
 ) -> tuple[Float64, Float64, Float64]:
     """``y = activation(weight * (x - mean) * rstd + bias + residual)`` and the statistics it used.
@@ -251,8 +252,8 @@ def batch_norm_forward(
             dtype, here and below.
         weight, bias: ``(C,)``; absent, 1 and 0.
         running_mean, running_var: ``(C,)`` floating arrays. Training moves them *in place* by
-            ``running = (1 - momentum) * running + momentum * new``, the new variance being the unbiased one, over
-            ``n - 1``. Statistics of fewer than two elements leave them as they are. Evaluation needs both.
+            ``running = (1 - momentum) * running + momentum * new``, the new variance being over ``n - correction``.
+            Statistics of fewer than two elements leave them as they are. Evaluation needs both.
         training: normalize with the statistics of ``x``; otherwise with the running ones, as constants.
         momentum: weight of the new value.
         eps: added to the variance, under the root.
@@ -261,6 +262,7 @@ def batch_norm_forward(
         activation: see :func:`activate`.
         ghost_batch_size: compute statistics over slices of this many samples, as calls on these slices in turn would.
             The last slice may be shorter. Samples are counted along the first axis that does not hold the channels.
+        correction: 1, the running variance is unbiased, or 0.
         mask: boolean, the shape of ``x`` without ``axis``; only elements with True enter the statistics. ``y`` is
             computed everywhere. Without effect in evaluation.
 
@@ -297,7 +299,7 @@ def batch_norm_forward(
         y[batch] = activate(weight * xhat + bias + residual[batch], activation)
         mean[index], rstd[index] = batch_mean.ravel(), batch_rstd.ravel()
         if training:
-            _update(running_mean, running_var, count, batch_mean, batch_var, momentum)
+            _update(running_mean, running_var, count, batch_mean, batch_var, momentum, correction)
 
     if ghost_batch_size is None:
         mean, rstd = mean[0], rstd[0]
@@ -1036,12 +1038,13 @@ def _update(
     mean: Float64,
     var: Float64,
     momentum: float,
+    correction: int = 1,
 ) -> None:
     """Moves the running statistics, in place, by the average over axis 0 of those that at least two elements made."""
     several = count > 1
     if not several.any():
         return
-    for running, new in ((running_mean, mean), (running_var, var * count / np.maximum(count - 1, 1))):
+    for running, new in ((running_mean, mean), (running_var, var * count / np.maximum(count - correction, 1))):
         if running is not None:
             average = (new.sum(axis=0, where=several) / several.sum(axis=0)).reshape(running.shape)
             running[...] = (1 - momentum) * np.asarray(running, dtype=np.float64) + momentum * average

@@ -59,7 +59,7 @@ class Case:
         affine: with weight and bias.
         training: with the statistics of x; otherwise with running ones, in the backward as well.
         running: with running statistics; evaluation needs them.
-        residual, activation, ghost_batch_size, eps, momentum: the arguments of that name.
+        residual, activation, ghost_batch_size, eps, momentum, correction: the arguments of that name.
         mask: with a mask that counts about 70% of the positions.
         offset: |mean| / sigma of the statistics. Signs alternate from one to the next.
         outlier: the first element of every statistic lies 100 sigma from the mean.
@@ -85,6 +85,7 @@ class Case:
     mask: bool = False
     eps: float = 1e-5
     momentum: float = 0.1
+    correction: int = 1
     offset: float = 0.0
     outlier: bool = False
     scale: float = 1.0
@@ -410,7 +411,7 @@ def calls(case: Case, inputs: Inputs, functions: Functions) -> tuple[Callable[..
     if case.norm == "batch":
         options |= {"training": case.training, "residual": inputs.residual, "activation": case.activation}
         options |= {"ghost_batch_size": case.ghost_batch_size, "mask": inputs.mask}
-        own = running
+        own = running | {"correction": case.correction}
     elif case.norm == "instance":
         options |= {"use_input_stats": case.training, "mask": inputs.mask}
         own = running
@@ -856,7 +857,7 @@ def _running_bounds(
     steps = 1 if case.has_samples else min(len(counts), 1 / case.momentum)
     if case.norm == "switchable":
         counts = counts.sum(keepdims=True)
-    unbiased = float(np.max(counts / (counts - 1), initial=1.0))
+    unbiased = float(np.max(counts / (counts - case.correction), initial=1.0))
     u = UNIT_ROUNDOFF[case.param_dtype] + 8 * UNIT_ROUNDOFF["float64"]
     allowed = {}
     for name, old, new, statistic, bound in (
@@ -1126,6 +1127,18 @@ def _ghost_cases() -> list[Case]:
         *[_case(shape, axis, ghost_batch_size=4, training=False) for shape, axis in _layouts(13, 5, 7)],
         *[_case((5, 13, 7), 0, ghost_batch_size=4, activation=activation) for activation in ("relu", "silu")],
         _case((0, 5, 7), ghost_batch_size=4),
+    ]
+
+
+def _correction_cases() -> list[Case]:
+    """The running variance over n. A few elements, and a momentum near 1, let it differ from that over n − 1."""
+    over_n: dict[str, Any] = {"correction": 0, "momentum": 0.9}
+    layouts = [((7, 17), 1), *_layouts(3, 5, 2), *_layouts(2, 33, 3, 3)]
+    return [
+        *[_case(shape, axis, **over_n, tags=("quick",)) for shape, axis in layouts],
+        *[_case(shape, axis, dtype=dtype, **over_n) for (shape, axis), dtype in itertools.product(layouts, DTYPES[1:])],
+        *[_case(shape, axis, ghost_batch_size=3, **over_n) for shape, axis in _layouts(8, 5, 2)],
+        *[_case(shape, axis, mask=True, **over_n) for shape, axis in _layouts(6, 5, 4)],
     ]
 
 
@@ -1589,6 +1602,7 @@ CASES: tuple[Case, ...] = (
     *_epilogue_cases(),
     *_parameter_cases(),
     *_ghost_cases(),
+    *_correction_cases(),
     *_mask_cases(),
     *_numerics_cases(),
     *_line_cases(),
