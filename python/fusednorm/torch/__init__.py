@@ -1,0 +1,1 @@
+from fusednorm.torch.modules import *
