@@ -169,7 +169,8 @@ def _double_backward(
     found = functional._double_backward(
         *arrays, layout_of, how, mean, rstd, _given(weight), _given(cweight), _given(cbias), not own
     )
-    return tuple(_tensor(a) for a in found)
+    ddy, dx, dweight = (_tensor(a) for a in found)
+    return ddy.to(x.dtype), dx.to(x.dtype), dweight
 
 
 # PyTorch's ops, on the CPU and on a GPU.
@@ -294,9 +295,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * 14
     x, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
-    return _needed(
-        ctx, dy, torch.ops.fusednorm.norm_backward(dy, x, mean, rstd, weight, bias, residual, mask, *ctx.how)
-    )
+    return _needed(ctx, dy, _call("norm_backward", dy, x, mean, rstd, weight, bias, residual, mask, *ctx.how))
 
 
 def _needed(ctx: Any, dy: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -333,12 +332,51 @@ def _double_gradients(
         raise NotImplementedError(f"there is no double backward through a norm with {ctx.unknown}: {reason}")
     dy, x, mean, rstd, weight = ctx.saved_tensors
     v = torch.zeros_like(x) if v is None else v
-    ddy, dx, dweight = torch.ops.fusednorm.norm_double_backward(v, cweight, cbias, dy, x, mean, rstd, weight, *ctx.how)
+    ddy, dx, dweight = _call("norm_double_backward", v, cweight, cbias, dy, x, mean, rstd, weight, *ctx.how)
     return (ddy, dx, None, None, None if weight is None else dweight, *(None,) * 8)
 
 
-torch.library.register_autograd("fusednorm::norm", _gradients, setup_context=_keep, lib=_LIBRARY)
-torch.library.register_autograd("fusednorm::norm_backward", _double_gradients, setup_context=_keep_backward, lib=_LIBRARY)
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _third(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("a norm's second gradients have no gradients")
+
+
+# Function transforms want gradients once more, as an autograd.Function, with a rule for vmap: a call for each entry.
+
+
+def _mapped(name: str) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        entries = (
+            [a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims)]  # noqa: B905
+            for i in range(info.batch_size)
+        )
+        found = tuple(torch.stack(one) for one in zip(*(_call(name, *entry) for entry in entries), strict=True))
+        return found, (0,) * len(found)
+
+    return rule
+
+
+_TRANSFORMED: dict[str, Any] = {}
+for _name, _context, _backward_of in (
+    ("norm", _keep, _gradients),
+    ("norm_backward", _keep_backward, _double_gradients),
+    ("norm_double_backward", _keep_nothing, _third),
+):
+    torch.library.register_autograd(f"fusednorm::{_name}", _backward_of, setup_context=_context, lib=_LIBRARY)
+    torch.library.register_vmap(f"fusednorm::{_name}", _mapped(_name), lib=_LIBRARY)
+    _members = {"forward": getattr(torch.ops.fusednorm, _name), "setup_context": _context, "backward": _backward_of}
+    _members["vmap"] = _mapped(_name)
+    _TRANSFORMED[_name] = type(_name, (torch.autograd.Function,), {k: staticmethod(f) for k, f in _members.items()})
+
+
+def _call(name: str, *args: Any) -> tuple[Tensor, ...]:
+    """The op, for whoever traces it."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        return _TRANSFORMED[name].apply(*args)  # type: ignore[no-any-return]
+    return getattr(torch.ops.fusednorm, name)(*args)  # type: ignore[no-any-return]
 
 
 # The short way.
@@ -368,7 +406,7 @@ class _Norm(torch.autograd.Function):
         x, weight, bias, residual, mask = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: gradients that have gradients
             saved = _saved_tensors(x, ctx.mean, ctx.rstd)
-            found = torch.ops.fusednorm.norm_backward(dy, x, *saved, weight, bias, residual, mask, *ctx.how)
+            found = _call("norm_backward", dy, x, *saved, weight, bias, residual, mask, *ctx.how)
         else:
             found = _backward(dy, x, ctx.mean, ctx.rstd, weight, bias, residual, mask, *ctx.how)
         return _needed(ctx, dy, found)
@@ -413,7 +451,7 @@ def norm(
         or not (type(x) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN and type(residual) in _PLAIN)
         or x.device.type not in ("cpu", "cuda")
     ):
-        y, _, _, new_mean, new_var = torch.ops.fusednorm.norm(*args)
+        y, _, _, new_mean, new_var = _call("norm", *args)
         if own and running_mean is not None and running_var is not None:
             running_mean.copy_(new_mean)
             running_var.copy_(new_var)
