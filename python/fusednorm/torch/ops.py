@@ -64,12 +64,16 @@ def _bfloat16() -> Any:
 
 def _array(t: Tensor) -> Array:
     """A NumPy or CuPy array over the tensor's memory."""
-    t = t.detach()
-    narrow = t.dtype is torch.bfloat16
-    if narrow:
-        t = t.view(torch.int16)
+    if t.requires_grad:
+        t = t.detach()
+    if t.dtype is torch.bfloat16:
+        return _untyped(t.view(torch.int16)).view(_bfloat16())
+    return t.numpy() if t.is_cpu else _untyped(t)
+
+
+def _untyped(t: Tensor) -> Array:
     a: Array = t.numpy() if t.is_cpu else import_module("cupy").asarray(t)
-    return a.view(_bfloat16()) if narrow else a
+    return a
 
 
 def _given(t: Tensor | None) -> Array | None:
@@ -79,11 +83,9 @@ def _given(t: Tensor | None) -> Array | None:
 def _tensor(a: Array) -> Tensor:
     """A tensor over the array's memory. What comes here was allocated like a tensor: its strides are not negative, of
     which ``from_dlpack`` would abort the process."""
-    narrow = a.dtype.name == "bfloat16"
-    if narrow:
-        a = a.view(np.int16)
-    t = torch.from_numpy(a) if isinstance(a, np.ndarray) else torch.from_dlpack(a)
-    return t.view(torch.bfloat16) if narrow else t
+    if a.dtype.kind == "V":  # bfloat16, which is not NumPy's own
+        return _tensor(a.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(a) if isinstance(a, np.ndarray) else torch.from_dlpack(a)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -97,9 +99,9 @@ def _on_its_stream(kernel: Callable[..., _R]) -> Callable[..., _R]:
     """On a GPU, with the device of the first tensor, and PyTorch's current stream there, as CuPy's."""
 
     def called(*args: Any) -> _R:
-        device = args[0].device
-        if device.type == "cpu":
+        if args[0].is_cpu:
             return kernel(*args)
+        device = args[0].device
         cupy, stream = import_module("cupy"), torch.cuda.current_stream(device).cuda_stream
         with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
             return kernel(*args)
@@ -295,21 +297,19 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * 14
     x, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
-    return _needed(ctx, dy, _call("norm_backward", dy, x, mean, rstd, weight, bias, residual, mask, *ctx.how))
+    found = _call("norm_backward", dy, x, mean, rstd, weight, bias, residual, mask, *ctx.how)
+    return (*_needed(ctx, dy, found), *(None,) * 10)
 
 
 def _needed(ctx: Any, dy: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of norm's 14 arguments: of those that need one. Without an activation the residual's is dy."""
+    """Of x, weight, bias and residual: those that need one. Without an activation the residual's is dy."""
     dx, dweight, dbias, dresidual = gradients
-    if ctx.how[3] is None:
-        dresidual = dy
-    _, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
+    needed = ctx.needs_input_grad
     return (
         dx,
-        dweight if of_weight else None,
-        dbias if of_bias else None,
-        dresidual if of_residual else None,
-        *(None,) * 10,
+        dweight if needed[1] else None,
+        dbias if needed[2] else None,
+        None if not needed[3] else dresidual if ctx.how[3] else dy,
     )
 
 
@@ -383,22 +383,20 @@ def _call(name: str, *args: Any) -> tuple[Tensor, ...]:
 
 
 class _Norm(torch.autograd.Function):
-    """The op's kernel and gradients without the op. Statistics stay arrays."""
+    """The op's kernel and gradients without the op. Statistics stay arrays. Arguments that have no gradient come as one,
+    since each costs time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-                running_mean: Tensor | None, running_var: Tensor | None, mask: Tensor | None, kind: str,
-                size: Sequence[int], own: bool, momentum: float, eps: float, activation: str | None, slope: float,
-                ) -> Tensor:  # fmt: skip
-        y, ctx.mean, ctx.rstd = _forward(
-            x, weight, bias, residual, running_mean, running_var, mask, kind, size, own, momentum, eps, activation,
-            slope,
-        )  # fmt: skip
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rest: tuple[Any, ...]
+    ) -> Tensor:
+        y, ctx.mean, ctx.rstd = _forward(x, weight, bias, residual, *rest)
+        _, _, mask, kind, size, own, _, _, activation, slope = rest
+        ctx.how = kind, size, own, activation, slope
         if activation is None:
             ctx.save_for_backward(x, weight, None, None, mask)
         else:
             ctx.save_for_backward(x, weight, bias, residual, mask)
-        ctx.how = kind, size, own, activation, slope
         return y
 
     @staticmethod
@@ -409,7 +407,7 @@ class _Norm(torch.autograd.Function):
             found = _call("norm_backward", dy, x, *saved, weight, bias, residual, mask, *ctx.how)
         else:
             found = _backward(dy, x, ctx.mean, ctx.rstd, weight, bias, residual, mask, *ctx.how)
-        return _needed(ctx, dy, found)
+        return (*_needed(ctx, dy, found), None)
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
@@ -443,24 +441,22 @@ def norm(
 ) -> Tensor:
     """y, of x's dtype, shape and strides; the page's head says what the arguments are. With `own` statistics the
     running ones, where given, are updated in place. Raises what the functions of :mod:`fusednorm.functional` do."""
-    args = (
-        x, weight, bias, residual, running_mean, running_var, mask, kind, size, own, momentum, eps, activation, slope,
-    )  # fmt: skip
+    rest = running_mean, running_var, mask, kind, size, own, momentum, eps, activation, slope
     if (
         _is_traced()
         or not (type(x) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN and type(residual) in _PLAIN)
-        or x.device.type not in ("cpu", "cuda")
+        or not (x.is_cpu or x.is_cuda)
     ):
-        y, _, _, new_mean, new_var = _call("norm", *args)
+        y, _, _, new_mean, new_var = _call("norm", x, weight, bias, residual, *rest)
         if own and running_mean is not None and running_var is not None:
             running_mean.copy_(new_mean)
             running_var.copy_(new_var)
-        return y  # type: ignore[no-any-return]
+        return y
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Norm.apply(*args)  # type: ignore[no-any-return]
-    return _forward(*args)[0]
+        return _Norm.apply(x, weight, bias, residual, rest)  # type: ignore[no-any-return]
+    return _forward(x, weight, bias, residual, *rest)[0]
