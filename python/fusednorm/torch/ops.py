@@ -410,7 +410,7 @@ class _Norm(torch.autograd.Function):
         return (*_needed(ctx, dy, found), None)
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
 def _is_traced() -> bool:
