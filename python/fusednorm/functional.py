@@ -346,8 +346,7 @@ def _double_backward(
     mean = None if mean is None else operands.statistics(mean, "mean", x, layout)
     r = operands.statistics(rstd, "rstd", x, layout)
     weight, cweight, cbias = (
-        operands.parameter(a, name, layout)
-        for a, name in ((weight, "weight"), (cweight, "cweight"), (cbias, "cbias"))
+        operands.parameter(a, name, layout) for a, name in ((weight, "weight"), (cweight, "cweight"), (cbias, "cbias"))
     )
     folded = layout.parts[0].fold
     xp, queue, n = arrays.namespace(x), arrays.queue(x, folded), folded.per_statistic

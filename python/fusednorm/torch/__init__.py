@@ -4,7 +4,7 @@
 
     import fusednorm.torch as fnt
 
-    layer = fnt.BatchNorm2d(64)  # constructor, attributes and state_dict are torch.nn.BatchNorm2d's, whose subclass it is
+    layer = fnt.BatchNorm2d(64)  # a torch.nn.BatchNorm2d in all but how it computes
     block = fnt.BatchNormAct(64, activation="relu")  # block(x, residual): act(norm(x) + residual) in one pass
     print(fnt.convert(model))  # or all of a model at once; fnt.revert(model) undoes it
 
@@ -32,7 +32,7 @@ tensors are CuPy's arrays on PyTorch's current stream; that way has not been run
 training, because its buffers are not.
 """
 
-from fusednorm.torch.convert import Report, convert, fold_batch_norm, revert
+from fusednorm.torch.models import Report, convert, fold_batch_norm, revert
 from fusednorm.torch.modules import (
     BatchNorm1d,
     BatchNorm2d,

@@ -27,11 +27,6 @@ __all__ = [
 
 
 class _BatchNorm(batchnorm._BatchNorm):
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """y like `input`. `mask`: boolean, the shape of `input` without its channels, True where a position counts for
-        the statistics."""
-        return self._normalized(input, None, mask, None, 0.0)
-
     def _normalized(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None, slope: float
     ) -> Tensor:
@@ -51,15 +46,22 @@ class _BatchNorm(batchnorm._BatchNorm):
         )  # fmt: skip
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+class _MaskedBatchNorm(_BatchNorm):
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """y like `input`. `mask`: boolean, the shape of `input` without its channels, True where a position counts for
+        the statistics."""
+        return self._normalized(input, None, mask, None, 0.0)
+
+
+class BatchNorm1d(_MaskedBatchNorm, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d`: (N, C) or (N, C, L)."""
 
 
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(_MaskedBatchNorm, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d`: (N, C, H, W)."""
 
 
-class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(_MaskedBatchNorm, nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d`: (N, C, D, H, W)."""
 
 

@@ -167,9 +167,9 @@ def _double_backward(
     layout_of, how = _layout(kind, size)
     # Several passes, between which half types would round.
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    arrays = (_array(t.to(wide)) for t in (v, dy, _dense(x)))
+    v_, dy_, x_ = (_array(t.to(wide)) for t in (v, dy, _dense(x)))
     found = functional._double_backward(
-        *arrays, layout_of, how, mean, rstd, _given(weight), _given(cweight), _given(cbias), not own
+        v_, dy_, x_, layout_of, how, mean, rstd, _given(weight), _given(cweight), _given(cbias), not own
     )
     ddy, dx, dweight = (_tensor(a) for a in found)
     return ddy.to(x.dtype), dx.to(x.dtype), dweight
@@ -314,7 +314,7 @@ def _needed(ctx: Any, dy: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple
 
 
 def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dy, x, mean, rstd, weight, bias, residual, mask, kind, size, own, activation, _ = inputs
+    dy, x, mean, rstd, weight, _, _, mask, kind, size, own, activation, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dy, x, mean, rstd, weight)
     ctx.how = kind, size, own
@@ -383,7 +383,7 @@ def _call(name: str, *args: Any) -> tuple[Tensor, ...]:
 
 
 class _Norm(torch.autograd.Function):
-    """The op's kernel and gradients without the op. Statistics stay arrays. Arguments that have no gradient come as one,
+    """The op's kernel and gradients without the op; statistics stay arrays. Arguments without a gradient come as one,
     since each costs time."""
 
     @staticmethod
@@ -458,5 +458,5 @@ def norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Norm.apply(x, weight, bias, residual, rest)  # type: ignore[no-any-return]
+        return _Norm.apply(x, weight, bias, residual, rest)
     return _forward(x, weight, bias, residual, *rest)[0]

@@ -129,7 +129,7 @@ def fold_batch_norm(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, 
         norm = found.get(node.target) if node.op == "call_module" else None
         if not isinstance(norm, batchnorm._BatchNorm):
             continue
-        before = node.args[0] if node.args else None
+        before: Any = node.args[0] if node.args else None
         why = _unfoldable(norm, node, before, found, dims.of)
         if why:
             report.left[node.target] = why
@@ -171,7 +171,7 @@ def _unfoldable(
     norm: batchnorm._BatchNorm, node: fx.Node, before: Any, found: dict[str, nn.Module], dims: dict[fx.Node, int]
 ) -> str:
     """Why a batch norm cannot be folded; empty where it can."""
-    layer = found.get(before.target) if isinstance(before, fx.Node) and before.op == "call_module" else None
+    layer: Any = found.get(before.target) if isinstance(before, fx.Node) and before.op == "call_module" else None
     calls = [other for other in node.graph.nodes if other.op == "call_module"]
     if type(norm) not in _BATCH_NORMS:
         return f"{type(norm).__qualname__} is more than a batch norm"
@@ -198,4 +198,6 @@ def _expect_close(got: Any, expected: Any) -> None:
         if isinstance(one, Tensor) and one.is_floating_point():
             error, bound = (one - other).abs().max(), torch.finfo(one.dtype).eps ** 0.5 * other.abs().max()
             if not error <= bound:
-                raise ValueError(f"the folded model's results differ by {error:.2g}, where rounding explains {bound:.2g}")
+                raise ValueError(
+                    f"the folded model's results differ by {error:.2g}, where rounding explains {bound:.2g}"
+                )
