@@ -294,6 +294,15 @@ def test_changed_after_the_forward() -> None:
         y.sum().backward()
 
 
+def test_running_statistics_change_in_the_open() -> None:
+    module = fnt.BatchNorm1d(6)
+    weight = torch.ones(6, requires_grad=True)
+    y = weight * module.running_var
+    module(torch.randn(4, 6))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 # Modules.
 
 

@@ -33,13 +33,16 @@ class _BatchNorm(batchnorm._BatchNorm):
         self._check_input_dim(input)
         training, momentum = self.training, self.momentum
         mean, var = self.running_mean, self.running_var
-        if training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
         own = training or (mean is None and var is None)
-        if training and not self.track_running_stats:
-            mean = var = None
+        if training:
+            if not self.track_running_stats:
+                mean = var = None
+            else:
+                count = self.num_batches_tracked
+                if count is not None:
+                    count.add_(1)
+                    if momentum is None:
+                        momentum = 1.0 / float(count)
         return norm(
             input, self.weight, self.bias, residual, mean, var, mask, "batch", (), own, momentum or 0.0, self.eps,
             activation, slope,

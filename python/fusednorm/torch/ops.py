@@ -62,22 +62,15 @@ def _bfloat16() -> Any:
         raise ImportError("bfloat16 tensors need ml_dtypes: pip install 'fusednorm[bf16]'") from None
 
 
-def _array(t: Tensor) -> Array:
-    """A NumPy or CuPy array over the tensor's memory."""
+def _array(t: Tensor | None) -> Any:
+    """A NumPy or CuPy array over the tensor's memory; None of None."""
+    if t is None:
+        return None
     if t.requires_grad:
         t = t.detach()
     if t.dtype is torch.bfloat16:
-        return _untyped(t.view(torch.int16)).view(_bfloat16())
-    return t.numpy() if t.is_cpu else _untyped(t)
-
-
-def _untyped(t: Tensor) -> Array:
-    a: Array = t.numpy() if t.is_cpu else import_module("cupy").asarray(t)
-    return a
-
-
-def _given(t: Tensor | None) -> Array | None:
-    return None if t is None else _array(t)
+        return _array(t.view(torch.int16)).view(_bfloat16())
+    return t.numpy() if t.is_cpu else import_module("cupy").asarray(t)
 
 
 def _tensor(a: Array) -> Tensor:
@@ -135,8 +128,8 @@ def _forward(
     """y, mean and rstd; running statistics change in place."""
     layout_of, how = _layout(kind, size)
     y, mean, rstd = functional._forward(
-        _array(_dense(x)), layout_of, how, _given(weight), _given(bias), eps, None, _given(running_mean),
-        _given(running_var), own, momentum, -1, _given(residual), _activation(activation, slope), _given(mask),
+        _array(_dense(x)), layout_of, how, _array(weight), _array(bias), eps, None, _array(running_mean),
+        _array(running_var), own, momentum, -1, _array(residual), _activation(activation, slope), _array(mask),
         kind == "instance", kind != "rms",
     )  # fmt: skip
     return _tensor(y), mean, rstd
@@ -151,10 +144,10 @@ def _backward(
     """dx, dweight, dbias and dresidual. Without an activation bias serves for nothing but the dtype of dbias, and is
     not kept for it."""
     layout_of, how = _layout(kind, size)
-    weight_ = _given(weight)
+    weight_ = _array(weight)
     dx, dweight, dbias, dresidual = functional._backward(
         _array(dy), _array(_dense(x)), layout_of, how, mean, rstd, weight_, weight_ if bias is None else _array(bias),
-        None, not own, _given(residual), _activation(activation, slope), _given(mask),
+        None, not own, _array(residual), _activation(activation, slope), _array(mask),
     )  # fmt: skip
     return _tensor(dx), _tensor(dweight), _tensor(dbias), None if dresidual is None else _tensor(dresidual)
 
@@ -169,7 +162,7 @@ def _double_backward(
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     v_, dy_, x_ = (_array(t.to(wide)) for t in (v, dy, _dense(x)))
     found = functional._double_backward(
-        v_, dy_, x_, layout_of, how, mean, rstd, _given(weight), _given(cweight), _given(cbias), not own
+        v_, dy_, x_, layout_of, how, mean, rstd, _array(weight), _array(cweight), _array(cbias), not own
     )
     ddy, dx, dweight = (_tensor(a) for a in found)
     return ddy.to(x.dtype), dx.to(x.dtype), dweight
@@ -452,6 +445,9 @@ def norm(
             running_mean.copy_(new_mean)
             running_var.copy_(new_var)
         return y
+    if own and running_mean is not None and running_var is not None:
+        # Written behind PyTorch's back; whoever saved them for a backward is to know.
+        torch.autograd.graph.increment_version((running_mean, running_var))
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
