@@ -640,6 +640,24 @@ def test_what_cannot_be_mapped() -> None:
     torch.testing.assert_close(torch.func.vmap(free)(x), torch.stack([free(one) for one in x]))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what PyTorch loads for it
+def test_there_is_no_forward_mode() -> None:
+    module, x = fnt.LayerNorm(6).requires_grad_(False), torch.randn(4, 6)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        module(torch.autograd.forward_ad.make_dual(x, x))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(module, (x,), (x,))
+
+
+def test_gradients_of_a_batch() -> None:
+    """Where the backward is mapped, but not the forward."""
+    mine, torchs = (made("LayerNorm", (6,), of=of) for of in (fnt, nn))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for derivative in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+        one, other = (derivative(lambda x, m=m: m(x).pow(3).sum(), x, vectorize=True) for m in (mine, torchs))
+        torch.testing.assert_close(one, other)
+
+
 @NO_BFLOAT16
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch's, of its own RMS norm
 def test_autocast() -> None:

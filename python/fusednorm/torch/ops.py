@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from fusednorm import functional
 from fusednorm.arrays import Array
@@ -343,7 +345,10 @@ def _third(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
 def _mapped(name: str) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         entries = (
-            [a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims)]  # noqa: B905
+            [
+                a.select(d, i) if isinstance(a, Tensor) and d is not None else a
+                for a, d in zip(args, in_dims, strict=True)
+            ]
             for i in range(info.batch_size)
         )
         found = tuple(torch.stack(one) for one in zip(*(_call(name, *entry) for entry in entries), strict=True))
@@ -395,7 +400,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, mask = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: gradients that have gradients
+        # With create_graph gradients have gradients. And who looks at operations may come only now, such as autograd's
+        # own, older vmap (is_grads_batched).
+        if torch.is_grad_enabled() or _is_traced() or type(dy) is not Tensor or is_legacy_batchedtensor(dy):
             saved = _saved_tensors(x, ctx.mean, ctx.rstd)
             found = _call("norm_backward", dy, x, *saved, weight, bias, residual, mask, *ctx.how)
         else:
@@ -448,11 +455,14 @@ def norm(
     if own and running_mean is not None and running_var is not None:
         # Written behind PyTorch's back; whoever saved them for a backward is to know.
         torch.autograd.graph.increment_version((running_mean, running_var))
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
+    if (
+        torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+    ) or forward_ad._current_level >= 0:  # which says that there is no forward mode
         return _Norm.apply(x, weight, bias, residual, rest)
     return _forward(x, weight, bias, residual, *rest)[0]
