@@ -834,6 +834,16 @@ def test_fold_batch_norm(dtype: Any) -> None:
         assert torch.equal(t, before[name])
 
 
+def test_what_is_not_folded() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    model[0].register_forward_hook(lambda *_: None)
+    assert "has hooks" in fnt.fold_batch_norm(model, x)[1].left["1"]
+    model[1].train()
+    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
+        fnt.fold_batch_norm(model, x)
+
+
 def test_a_wrong_fold_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "fuse_conv_bn_eval", lambda layer, norm, transpose: layer)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()

@@ -115,9 +115,9 @@ def fold_batch_norm(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, 
     as is the model; ValueError where they differ by more than rounding. A Linear is folded where it has (N, C) results:
     only there are its features the channels of the batch norm.
 
-    Returns the copy and a report. RuntimeError where the model is in training mode; torch.fx says what it cannot trace.
+    Returns the copy and a report. RuntimeError where a part of the model is in training mode; torch.fx says what it cannot trace.
     """
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise RuntimeError("only inference can be folded: call model.eval() first")
     folded = fx.GraphModule(copy.deepcopy(model), _Tracer().trace(model)).eval()
     report, found = Report(), dict(folded.named_modules())
@@ -181,6 +181,8 @@ def _unfoldable(
         return "there is no Linear or Conv right before it"
     if type(layer) in _TRANSPOSED and layer.groups != 1:
         return f"{before.target} is a transposed convolution in groups, which PyTorch's folding does not know"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (norm, layer)):
+        return f"it or {before.target} has hooks, which would see something else"
     if len(node.args) != 1 or node.kwargs:
         return "it is called with more than its input"
     if len(before.users) > 1:
