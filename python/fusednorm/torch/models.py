@@ -115,7 +115,8 @@ def fold_batch_norm(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, 
     as is the model; ValueError where they differ by more than rounding. A Linear is folded where it has (N, C) results:
     only there are its features the channels of the batch norm.
 
-    Returns the copy and a report. RuntimeError where a part of the model is in training mode; torch.fx says what it cannot trace.
+    Returns the copy and a report. RuntimeError where a part of the model is in training mode; torch.fx says what it
+    cannot trace.
     """
     if any(module.training for module in model.modules()):
         raise RuntimeError("only inference can be folded: call model.eval() first")
