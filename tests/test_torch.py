@@ -767,7 +767,7 @@ def test_convert_and_revert() -> None:
 
 
 def test_a_converted_model_computes_the_same() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8), nn.LayerNorm(6))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8), nn.LayerNorm((8, 6, 6)))
     model = model.double()
     seen = []
     model[1].register_forward_hook(lambda module, *_: seen.append(type(module)))
