@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fusednorm as fn
 import numpy as np
 import pytest
+from fusednorm import arrays
 from fusednorm.testing import cases
 from fusednorm.testing.cases import CASES, Case, Inputs
 from support import assert_same_bits, run_python
@@ -459,6 +461,14 @@ def test_without_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ImportError, match=r"bfloat16 tensors need ml_dtypes: pip install 'fusednorm\[bf16\]'"):
         fnt.LayerNorm(6)(torch.randn(4, 6, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(not arrays.missing_for_cuda(), reason="CUDA is there")
+def test_a_gpu_without_kernels() -> None:
+    """As far as that can be seen without a GPU: the error comes before anything is asked of it."""
+    on_a_gpu = SimpleNamespace(is_cpu=False, device=torch.device("cuda:0"))
+    with pytest.raises(TypeError, match=r"x is on cuda:0: .*(CUDA|CuPy)"):
+        ops._on_its_stream(print)(on_a_gpu)
 
 
 def test_torch_is_not_imported_unasked() -> None:

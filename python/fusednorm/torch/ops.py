@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from fusednorm import functional
+from fusednorm import arrays, functional
 from fusednorm.arrays import Array
 from fusednorm.operands import LayoutOf
 
@@ -72,7 +72,7 @@ def _array(t: Tensor | None) -> Any:
         t = t.detach()
     if t.dtype is torch.bfloat16:
         return _array(t.view(torch.int16)).view(_bfloat16())
-    return t.numpy() if t.is_cpu else import_module("cupy").asarray(t)
+    return t.numpy() if t.is_cpu else arrays.taken(t, "a tensor")
 
 
 def _tensor(a: Array) -> Tensor:
@@ -96,7 +96,9 @@ def _on_its_stream(kernel: Callable[..., _R]) -> Callable[..., _R]:
     def called(*args: Any) -> _R:
         if args[0].is_cpu:
             return kernel(*args)
-        device = args[0].device
+        device, missing = args[0].device, arrays.missing_for_cuda()
+        if missing:
+            raise TypeError(f"x is on {device}: {missing}")
         cupy, stream = import_module("cupy"), torch.cuda.current_stream(device).cuda_stream
         with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
             return kernel(*args)
