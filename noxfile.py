@@ -34,6 +34,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+@nox.session(name="torch")
+def with_torch(session: nox.Session) -> None:
+    """fusednorm.torch, with PyTorch; arguments go to pytest, such as --slow for what compiles kernels besides."""
+    install(session, ".[test,torch]")
+    session.run("pytest", "tests/test_torch.py", *session.posargs)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff and clang-format; with -- --fix they change the files."""

@@ -322,6 +322,82 @@ def _backward(
     return dx, dweight, dbias, dresidual
 
 
+def _double_backward(
+    v: Array,
+    dy: Array,
+    x: Array,
+    layout_of: LayoutOf,
+    how: tuple[Any, ...],
+    mean: Array | None,
+    rstd: Array,
+    weight: Array | None,
+    cweight: Array | None,
+    cbias: Array | None,
+    constant: bool = False,
+) -> tuple[Array, Array, Array]:
+    """Gradients of dx, dweight and dbias of :func:`_backward`, whose own gradients are v, cweight and cbias, with
+    respect to dy, x and weight; without ghost batches, activation and mask.
+
+    dx is r·(w·dy − s1/n − x̂·s2/n) with s1 = Σ w·dy and s2 = Σ w·dy·x̂. Call that Π(w·dy): a projection, and symmetric.
+    With a1 and a2 these sums of v and K = Σ w·v·dy − (a1·s1 + a2·s2)/n::
+
+        ∂/∂dy     = w·Π(v) + cweight·x̂ + cbias
+        ∂/∂weight = Σ dy·Π(v) over each channel
+        ∂/∂x      = Π(cweight·dy) − r·(s2/n)·Π(v) − r·(a2/n)·Π(w·dy) − r²·(K/n)·x̂
+
+    Constant statistics have no sums, and Π(a) = r·a; without a mean there are no s1 and a1.
+    """
+    given = x
+    x, layout = operands.dense(arrays.taken(x, "x"), layout_of, how)
+    v, dy = operands.alike(v, "v", given, x), operands.alike(dy, "dy", given, x)
+    mean = None if mean is None else operands.statistics(mean, "mean", x, layout)
+    r = operands.statistics(rstd, "rstd", x, layout)
+    weight, cweight, cbias = (
+        operands.parameter(a, name, layout) for a, name in ((weight, "weight"), (cweight, "cweight"), (cbias, "cbias"))
+    )
+    folded = layout.parts[0].fold
+    xp, queue, n = arrays.namespace(x), arrays.queue(x, folded), folded.per_statistic
+    one, none = xp.ones(r.shape), xp.zeros(folded.channels)
+    cweight = none if cweight is None else cweight
+
+    def sums(a: Array, of: Array, mean: Array | None, r: Array, weight: Array | None) -> tuple[Array, ...]:
+        found = *arrays.statistics(x, r.shape), *arrays.statistics(x, (folded.channels,))
+        _C.grad_sums(folded, a, of, mean, r, weight, None, None, 0, 0.0, *found, *queue)
+        arrays.launched(queue, *found)
+        return found
+
+    def scaled(a: Array, r: Array, weight: Array | None, cx: Array | None = None, c0: Array | None = None) -> Array:
+        """r·(weight·a + cx·x̂ + c0)."""
+        found = arrays.empty_like(x)
+        _C.grad_input(folded, a, x, mean, r, weight, None, None, 0, 0.0, cx, c0, None, found, None, *queue)
+        arrays.launched(queue, r, cx, c0, found)
+        return found
+
+    def projected(a: Array, weight: Array | None, more: Array | float = 0.0) -> tuple[Array, Array, Array]:
+        """Π(weight·a) + r·more·x̂, and the two sums."""
+        if constant:
+            return scaled(a, r, weight), one, one
+        s1, s2, _, _ = sums(a, x, mean, r, weight)
+        return scaled(a, r, weight, more - s2 / n, None if mean is None else -s1 / n), s1, s2
+
+    of_v, a1, a2 = projected(v, None)
+    ddy = arrays.empty_like(x)
+    _C.normalize(folded, x, mean, r, cweight, cbias, scaled(of_v, one, weight), 0, 0.0, ddy, *queue)
+    arrays.launched(queue, ddy, of_v, cweight)
+    dweight = sums(dy, of_v, None, one, None)[2]
+    if constant:
+        dx = scaled(dy, r, cweight)
+    else:
+        of_dy, s1, s2 = projected(dy, weight)
+        k = sums(v, dy, None, one, weight)[1] - ((0 if mean is None else a1 * s1) + a2 * s2) / n
+        dx = projected(dy, cweight, -r * k / n)[0]
+        dx += scaled(of_v, -r * s2 / n, None)
+        dx += scaled(of_dy, -r * a2 / n, None)
+    dweight_ = operands.gradient(weight, x, layout)
+    dweight_[...] = dweight.reshape(layout.parameters)
+    return ddy, dx, dweight_
+
+
 def batch_norm_forward(
     x: Array,
     weight: Array | None = None,

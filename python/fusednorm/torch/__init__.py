@@ -1,0 +1,64 @@
+"""The norms as PyTorch modules: drop-ins for torch.nn's, with gradients, for models that train, compile and export.
+
+::
+
+    import fusednorm.torch as fnt
+
+    layer = fnt.BatchNorm2d(64)  # a torch.nn.BatchNorm2d in all but how it computes
+    block = fnt.BatchNormAct(64, activation="relu")  # block(x, residual): act(norm(x) + residual) in one pass
+    print(fnt.convert(model))  # or all of a model at once; fnt.revert(model) undoes it
+
+**How a call goes.** A module's ``forward`` calls one function, ``ops.norm``. It has two ways to the same kernel. The
+short one, for plain tensors in eager mode, views tensors as arrays (no copy), calls :mod:`fusednorm.functional`, and
+views the results as tensors; where gradients are wanted an ``autograd.Function`` does that. The other one is a custom
+op, ``torch.ops.fusednorm.norm``, for all who look at operations rather than numbers: ``torch.compile`` and
+``torch.export``, function transforms (``torch.func``), ``torch.jit.trace``, dispatch modes, tensor subclasses, the meta
+device. The op calls what the short way calls, so that bits do not depend on the way; it costs more time a call. Ops are
+functional, as compilers want it: new running statistics are results, which ``ops.norm`` copies into the buffers.
+
+**What is kept for backward**: x, the weight, mean and rstd; bias and residual only for the derivative of an activation.
+
+**Second gradients** (``create_graph=True``) are there for all norms without an activation and a mask; third ones are
+not. Forward mode (``jvp``) is not.
+
+**Dtypes.** x may be float32, float64, float16 or bfloat16 (which needs ml_dtypes), parameters any of these besides; y
+has x's. Sums are float32 or wider whatever x is, so autocast has nothing to change: y keeps x's dtype there, too. On
+CUDA, PyTorch's autocast makes the results of layer, group and RMS norm float32 instead.
+
+**Memory.** y has x's shape and strides, channels last included; where x has gaps or overlaps, y is contiguous. On a GPU
+tensors are CuPy's arrays on PyTorch's current stream; that way has not been run on a GPU yet.
+
+**vmap** calls the kernel for each entry. As in PyTorch, a batch norm that tracks statistics cannot be mapped in
+training, because its buffers are not.
+"""
+
+from fusednorm.torch.models import Report, convert, fold_batch_norm, revert
+from fusednorm.torch.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
+    "Report",
+    "convert",
+    "fold_batch_norm",
+    "revert",
+]
