@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from fusednorm import arrays, functional
+from fusednorm import arrays, conventions, functional
 from fusednorm.arrays import Array
 from fusednorm.functional import Activation
 
@@ -43,6 +43,7 @@ def _own(name: str) -> property:
 class _Layer:
     """Arrays under PyTorch's names on one device, and what a call saves for its backward."""
 
+    _norm: ClassVar[str]  # in the table of conventions
     _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias")
     _gradients: ClassVar[tuple[str, ...]] = ("weight_grad", "bias_grad")
 
@@ -60,6 +61,14 @@ class _Layer:
             setattr(self, "_" + name, initial[name])
         self._saved = threading.local()
         self.to(device)
+
+    @classmethod
+    def from_convention(cls: type[_L], convention: str, *sizes: Any, **options: Any) -> _L:
+        """The layer with the defaults of another library: "torch", "keras", "flax", "onnx", "chainer", "caffe" or
+        "mxnet"; see :mod:`fusednorm.conventions`. `sizes` and `options` are the constructor's, and come before those.
+        ValueError where the library has no such norm.
+        """
+        return cls(*sizes, **conventions.options(convention, cls._norm, options))
 
     def _assign(self, name: str, value: Any) -> None:
         own = getattr(self, "_" + name)
@@ -151,6 +160,7 @@ class _Running(_Layer):
     _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
     _running_mean: Array | None
     _running_var: Array | None
+    _debiased = False  # of the running statistics, which are the batches' weighted mean alone then
 
     def __init__(
         self,
@@ -194,7 +204,13 @@ class _Running(_Layer):
 
     def _weighing(self) -> tuple[float, int]:
         """Momentum and the count of batches as the functions take them; for a cumulative average none and the count."""
-        return (0.0, self.num_batches_tracked) if self.momentum is None else (self.momentum, -1)
+        if self.momentum is None or (self._debiased and self.momentum == 0):
+            return 0.0, self.num_batches_tracked
+        if self._debiased and self.momentum < 1:
+            # The k-th batch weighs 1, the one before 1 − momentum, …: (1 − (1 − momentum)^k)/momentum all of them.
+            left = (self.num_batches_tracked + 1) * math.log1p(-self.momentum)
+            return self.momentum / -math.expm1(left), -1
+        return self.momentum, -1
 
     def _state(self) -> dict[str, Array | None]:
         tracked = np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None
@@ -221,7 +237,7 @@ class BatchNorm(_Running):
         False: no running statistics; the batch's are used in evaluation too.
     axis : int
         The axis that is kept; -1 for channels last.
-    activation, ghost_batch_size
+    activation, ghost_batch_size, correction
         As in :func:`fusednorm.batch_norm_forward`.
     dtype : dtype of parameters and running statistics, whatever x's
     device : "cpu", "cuda" or "cuda:0", "cuda:1", …
@@ -245,6 +261,8 @@ class BatchNorm(_Running):
     threads may evaluate one layer at once; training from several needs the caller's lock.
     """
 
+    _norm: ClassVar[str] = "batch"
+
     def __init__(
         self,
         num_features: int,
@@ -256,14 +274,55 @@ class BatchNorm(_Running):
         axis: int = 1,
         activation: Activation = None,
         ghost_batch_size: int | None = None,
+        correction: int = 1,
         dtype: Any = "float32",
         device: str = "cpu",
     ) -> None:
         functional._activation(activation)
         functional._check_ghosts(ghost_batch_size)
+        functional._check_correction(correction)
         self.activation = activation
         self.ghost_batch_size = ghost_batch_size
+        self.correction = correction
         super().__init__(num_features, eps, momentum, affine, track_running_stats, axis, dtype, device)
+
+    @classmethod
+    def from_convention(
+        cls,
+        convention: str,
+        num_features: int,
+        *,
+        scale: bool | None = None,
+        center: bool | None = None,
+        **options: Any,
+    ) -> BatchNorm:
+        """A layer with the defaults and the meaning of another library, by :data:`fusednorm.conventions.CONVENTIONS`.
+
+        Trained on the same batches it gives the same running statistics and outputs.
+        :func:`fusednorm.conventions.to_pytorch` makes that library's state one that :meth:`load_state_dict` takes.
+
+        Parameters
+        ----------
+        convention : "torch", "keras", "flax", "onnx", "chainer", "caffe" or "mxnet"
+        num_features : int
+        scale, center : bool, optional
+            Whether there are a weight and a bias. MXNet's scale is False by default, which is its ``fix_gamma=True``;
+            Caffe has both in a Scale layer of its own, and here only where they are True.
+        **options
+            The constructor's but for affine. `momentum` is meant as that library means it: mostly the weight of the old
+            value.
+        """
+        row = conventions.named(convention)
+        scale, center = row.scale if scale is None else scale, row.center if center is None else center
+        if row.debiased and options.get("ghost_batch_size") is not None:
+            raise ValueError(f"{row.library} has no ghost batches: its first batches weigh more, by their number")
+        layer = cls(num_features, affine=scale or center, **conventions.options(convention, cls._norm, options))
+        layer._debiased = row.debiased
+        if not scale:
+            layer._weight = None
+        if not center:
+            layer._bias = None
+        return layer
 
     def __call__(
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
@@ -289,6 +348,7 @@ class BatchNorm(_Running):
             residual,
             self.activation,
             mask,
+            correction=self.correction,
         )
         if training and tracked and y.size:
             self.num_batches_tracked += 1 if mean.ndim == 1 else mean.shape[0]
@@ -317,8 +377,8 @@ class BatchNorm(_Running):
             out=out,
         )
         self._saved.call = None
-        if self.affine:
-            self.weight_grad, self.bias_grad = dweight, dbias
+        self.weight_grad = None if self._weight is None else dweight
+        self.bias_grad = None if self._bias is None else dbias
         return (dx, *dresidual) if dresidual else dx
 
     def scale_shift(self) -> tuple[Array, Array]:
@@ -342,7 +402,7 @@ class BatchNorm(_Running):
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, axis={self.axis}, activation={self.activation!r}, "
-            f"ghost_batch_size={self.ghost_batch_size})"
+            f"ghost_batch_size={self.ghost_batch_size}, correction={self.correction})"
         )
 
 
@@ -364,6 +424,8 @@ class InstanceNorm(_Running):
 
     Attributes and what a call keeps are those of :class:`BatchNorm`.
     """
+
+    _norm: ClassVar[str] = "instance"
 
     def __init__(
         self,
@@ -441,6 +503,8 @@ class GroupNorm(_Layer):
     where `num_channels` is not divisible by `num_groups`.
     """
 
+    _norm: ClassVar[str] = "group"
+
     def __init__(
         self,
         num_groups: int,
@@ -508,6 +572,8 @@ class LayerNorm(_Layer):
     Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same.
     """
 
+    _norm: ClassVar[str] = "layer"
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -559,6 +625,7 @@ class RMSNorm(_Layer):
     Parameters are those of :class:`LayerNorm`, without a bias; eps None is ``finfo(x.dtype).eps``.
     """
 
+    _norm: ClassVar[str] = "rms"
     _arrays: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(
@@ -617,6 +684,7 @@ class SwitchableNorm(_Running):
     The other attributes, and what a call keeps, are those of :class:`BatchNorm`.
     """
 
+    _norm: ClassVar[str] = "switchable"
     _arrays: ClassVar[tuple[str, ...]] = (*_Running._arrays, "mean_logits", "var_logits")
     _gradients: ClassVar[tuple[str, ...]] = (*_Running._gradients, "mean_logits_grad", "var_logits_grad")
     mean_logits = _own("mean_logits")
@@ -733,6 +801,7 @@ class WeightNorm(_Layer):
         Set by :meth:`backward`, in the parameter's dtype.
     """
 
+    _norm: ClassVar[str] = "weight"
     _arrays: ClassVar[tuple[str, ...]] = ("weight_g", "weight_v")
     _gradients: ClassVar[tuple[str, ...]] = ("weight_g_grad", "weight_v_grad")
     weight_g = _own("weight_g")
