@@ -84,10 +84,12 @@ class _Layer:
     weight = _own("weight")
     bias = _own("bias")
 
-    def _here(self, x: Array) -> None:
-        """TypeError where x is not on the layer's device."""
+    def _here(self, x: Array) -> Array:
+        """x as NumPy's or CuPy's; TypeError where it is not on the layer's device."""
         if type(x) is not np.ndarray or self.device != "cpu":
+            x = arrays.taken(x, "x")
             arrays.expect_on(self.device, x, "layer")
+        return x
 
     def _last_call(self) -> Any:
         saved = getattr(self._saved, "call", None)
@@ -328,7 +330,7 @@ class BatchNorm(_Running):
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
     ) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         training, tracked = self.training, self.track_running_stats
         batch_statistics = training or not tracked
         momentum, counted = self._weighing()
@@ -443,7 +445,7 @@ class InstanceNorm(_Running):
 
     def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C, *spatial) or with C at `axis`; raises as :func:`instance_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         own = self.training or not self.track_running_stats
         y, mean, rstd = functional._forward(
             x,
@@ -531,7 +533,7 @@ class GroupNorm(_Layer):
 
     def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`group_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         y, mean, rstd = functional.group_norm_forward(
             x, self.num_groups, self._weight, self._bias, self.eps, axis=self.axis, mask=mask, out=out
         )
@@ -596,7 +598,7 @@ class LayerNorm(_Layer):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (..., *normalized_shape); raises as :func:`layer_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         y, mean, rstd = functional.layer_norm_forward(
             x, self.normalized_shape, self._weight, self._bias, self.eps, out=out
         )
@@ -645,7 +647,7 @@ class RMSNorm(_Layer):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (..., *normalized_shape); raises as :func:`rms_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         y, rstd = functional.rms_norm_forward(x, self.normalized_shape, self._weight, self.eps, out=out)
         self._saved.call = (x, rstd)
         return y
@@ -721,7 +723,7 @@ class SwitchableNorm(_Running):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`switchable_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         of_batch = self.training or not self.track_running_stats
         momentum, counted = self._weighing()
         y, *saved = functional.switchable_norm_forward(
@@ -834,7 +836,7 @@ class WeightNorm(_Layer):
         v and g must be as they were in the call: take the optimizer's step afterwards.
         """
         norm = self._last_call()
-        self._here(dw)
+        dw = self._here(dw)
         dv, dg = functional.weight_norm_backward(dw, self._weight_v, self._weight_g, norm, self.dim)
         self._saved.call = None
         self.weight_v_grad, self.weight_g_grad = dv, dg
