@@ -222,6 +222,8 @@ def test_numpys_arrays_may_stand_beside(library: Library) -> None:
     assert isinstance(y, library.array)
     assert_same_bits(library.numpy(y), fn.batch_norm(x, None, None, w, b, training=True))
     assert mean.any()
+    with pytest.raises(TypeError, match="weight must be a NumPy or CuPy array"):
+        fn.batch_norm(x, None, None, library.of(w), training=True)
     with pytest.raises(TypeError, match="dy must be a NumPy or CuPy array"):
         fn.batch_norm_backward(library.of(dy), x, np.zeros(6), np.ones(6))
 
@@ -345,6 +347,16 @@ def test_bfloat16_without_ml_dtypes_says_what_to_install(torch: Any, monkeypatch
 def test_layers_say_what_they_take(library: Library) -> None:
     with pytest.raises(TypeError, match="x must be a NumPy or CuPy array"):
         fn.BatchNorm(6)(library.of(normal(X)))
+
+
+def test_moments_are_pushed(library: Library) -> None:
+    x = normal(X)
+    assert_same_bits(fn.Moments().push(library.of(x), (0, 2, 3)).m2, fn.Moments().push(x, (0, 2, 3)).m2)
+
+
+def test_arguments_too_many_are_not_lost(library: Library) -> None:
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        fn.moments(library.of(normal(X)), 0, 1)  # type: ignore[misc]
 
 
 def test_no_library_is_imported() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from importlib import import_module
+from inspect import signature
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -97,8 +98,8 @@ def _to_jax(a: Array, like: Any) -> Any:
 
 
 @contextmanager
-def _before_jax(x: Any) -> Iterator[None]:
-    """Waits at the end: JAX's streams are its own."""
+def _until_done(x: Any) -> Iterator[None]:
+    """On a GPU, waits at the end: JAX's streams are its own."""
     yield
     if any(device.platform != "cpu" for device in x.devices()):
         import_module("cupy").cuda.get_current_stream().synchronize()
@@ -129,7 +130,7 @@ def _to_its_namespace(a: Array, like: Any) -> Any:
 
 _LIBRARIES = (
     ("torch", "Tensor", Kind(_from_torch, _to_torch, _on_torchs_stream)),
-    ("jax", "Array", Kind(_from_jax, _to_jax, _before_jax, changes=False)),
+    ("jax", "Array", Kind(_from_jax, _to_jax, _until_done, changes=False)),
 )
 _DLPACK = Kind(_from_dlpack, _to_its_namespace)
 
@@ -146,6 +147,12 @@ def kind_of(x: object) -> Kind | None:
 
 def _cupys() -> Any:
     return getattr(sys.modules.get("cupy"), "ndarray", ())
+
+
+def plain(x: Any, name: str) -> Any:
+    """`x`, or NumPy's or CuPy's array in its place."""
+    kind = kind_of(x)
+    return x if kind is None else kind.taken(x, name)
 
 
 def called(function: Callable[..., Any], like: Any, given: Mapping[str, Any]) -> Any:
@@ -180,17 +187,17 @@ def called(function: Callable[..., Any], like: Any, given: Mapping[str, Any]) ->
 def on_its_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function with the device of its first argument as the current one: CuPy computes on that. An array of another
     library there makes it one of that library."""
-    code = function.__code__
-    names = code.co_varnames[: code.co_argcount]
+    arguments = signature(function)
+    first = next(iter(arguments.parameters))
 
     @wraps(function)
     def on_it(*args: _P.args, **named: _P.kwargs) -> _R:
-        x = args[0] if args else named.get(names[0])
+        x = args[0] if args else named.get(first)
         if type(x) is np.ndarray:
             return function(*args, **named)
         if kind_of(x) is not None:
-            return called(on_it, x, {**dict(zip(names, args, strict=False)), **named})  # type: ignore[no-any-return]
-        with arrays.on(arrays.device(arrays.taken(x, names[0]))):
+            return called(on_it, x, arguments.bind(*args, **named).arguments)  # type: ignore[no-any-return]
+        with arrays.on(arrays.device(arrays.taken(x, first))):
             return function(*args, **named)
 
     return on_it
