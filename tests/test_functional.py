@@ -1280,9 +1280,7 @@ def test_pytorch_refuses_what_we_refuse_in_the_same_words(torch: Any) -> None:
         assert words == str(ours.value)
 
 
-def test_tensors_of_pytorch_are_a_type_error(torch: Any) -> None:
-    with pytest.raises(TypeError, match=r"x must be a NumPy or CuPy array.*torch\.Tensor"):
-        fn.batch_norm_forward(torch.ones(3, 4))
+def test_tensors_of_pytorch_beside_numpy_are_a_type_error(torch: Any) -> None:
     with pytest.raises(TypeError, match="weight must be a NumPy or CuPy array"):
         fn.batch_norm_forward(normal((3, 4)), torch.ones(4))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusednorm import _C, arrays, reference
+from fusednorm import _C, arrays, conventions, reference
 from fusednorm.functional import (
     batch_norm,
     batch_norm_backward,
@@ -59,6 +59,7 @@ __all__ = [
     "batch_norm_forward",
     "batch_normalization",
     "build_info",
+    "conventions",
     "empty_cache",
     "get_num_threads",
     "group_norm",

@@ -1,18 +1,18 @@
 """Array kinds: which are taken, where they lie, and how outputs are allocated like them.
 
 NumPy arrays and CuPy arrays are taken, and what has `__cuda_array_interface__` as a CuPy array over the same memory.
-Where another kind arrives, the error names these. CuPy is imported when the first such array comes, never before.
+Where another kind arrives, the error names these; foreign.py makes such arrays of PyTorch's, JAX's and others. CuPy is
+imported when the first such array comes, never before.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
 from importlib import import_module
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,8 +22,6 @@ from fusednorm import _C
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _POOL_BYTES = _C.POOL_BYTES
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
 def taken(x: object, name: str) -> Array:
@@ -105,21 +103,6 @@ def moved(a: Array, to: str) -> Array:
         return a.get()  # type: ignore[attr-defined, no-any-return]
     with on(to):
         return import_module("cupy").asarray(a)  # type: ignore[no-any-return]
-
-
-def on_its_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function with the device of its first argument as the current one: CuPy computes on that."""
-    first = function.__code__.co_varnames[0]
-
-    @wraps(function)
-    def called(*args: _P.args, **named: _P.kwargs) -> _R:
-        x = args[0] if args else named.get(first)
-        if type(x) is np.ndarray:
-            return function(*args, **named)
-        with on(device(taken(x, first))):
-            return function(*args, **named)
-
-    return called
 
 
 def expect_on(place: str, x: object, owner: str) -> None:

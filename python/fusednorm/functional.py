@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from fusednorm import _C, arrays, fold, operands
+from fusednorm import _C, arrays, fold, foreign, operands
 from fusednorm.arrays import Array
 from fusednorm.operands import FLOAT64, Layout, LayoutOf, Part
 
@@ -211,8 +211,11 @@ def _forward(
     `counted` ≥ 0: momentum is 1/(counted + k) for the k-th batch, a cumulative average. `averaged`: running statistics
     take in the samples' average. Without `center` the mean is 0, and None.
     """
-    given = x
-    if type(x) is not np.ndarray:
+    if type(x) is np.ndarray:
+        given = x
+    elif foreign.kind_of(x) is not None:
+        return foreign.called(_forward, x, locals())  # type: ignore[no-any-return]
+    else:
         given = arrays.taken(x, "x")
         if arrays.is_elsewhere(given):
             with arrays.on(arrays.device(given)):
@@ -273,8 +276,11 @@ def _backward(
     mask: Array | None = None,
 ) -> tuple[Array, Array, Array, Any]:
     """dx, dweight, dbias and dresidual, or None, of every norm. `constant`: mean and rstd were not taken from x."""
-    given = x
-    if type(x) is not np.ndarray:
+    if type(x) is np.ndarray:
+        given = x
+    elif foreign.kind_of(x) is not None:
+        return foreign.called(_backward, x, locals())  # type: ignore[no-any-return]
+    else:
         given = arrays.taken(x, "x")
         if arrays.is_elsewhere(given):
             with arrays.on(arrays.device(given)):
@@ -729,6 +735,8 @@ def group_norm_backward(
 
     The length of mean's second axis is the number of groups; else as in :func:`instance_norm_backward`.
     """
+    if type(x) is not np.ndarray and foreign.kind_of(x) is not None:
+        return foreign.called(group_norm_backward, x, locals())  # type: ignore[no-any-return]
     mean = arrays.taken(mean, "mean")
     if mean.ndim != 2:
         raise ValueError(f"mean must have shape (N, num_groups), got {mean.shape}")
@@ -789,10 +797,10 @@ def layer_norm_forward(
     return _forward(x, _lines, (_hashable(normalized_shape),), weight, bias, eps, out)
 
 
-def _normalized_by(x: Array, rstd: Array) -> tuple[Array, _Shape]:
-    """x, and the lengths of its axes that the statistics lack: the normalized ones."""
-    x = arrays.taken(x, "x")
-    return x, x.shape[arrays.taken(rstd, "rstd").ndim :]
+def _normalized_by(x: Array, rstd: Array) -> _Shape:
+    """The lengths of x's axes that the statistics lack: the normalized ones."""
+    shape: _Shape = arrays.taken(x, "x").shape
+    return shape[arrays.taken(rstd, "rstd").ndim :]
 
 
 def layer_norm_backward(
@@ -812,8 +820,9 @@ def layer_norm_backward(
     `out`, where dx goes, may be dy or x itself. dweight and dbias are in the parameter's dtype; without one float32,
     for float64 x float64. Raises as the forward.
     """
-    x, normalized = _normalized_by(x, rstd)
-    return _backward(dy, x, _lines, (normalized,), mean, rstd, weight, bias, out)[:3]
+    if type(x) is not np.ndarray and foreign.kind_of(x) is not None:
+        return foreign.called(layer_norm_backward, x, locals())  # type: ignore[no-any-return]
+    return _backward(dy, x, _lines, (_normalized_by(x, rstd),), mean, rstd, weight, bias, out)[:3]
 
 
 def _finfo_eps(dtype: np.dtype[Any]) -> float:
@@ -845,6 +854,8 @@ def rms_norm_forward(
     Arguments and errors are those of :func:`layer_norm_forward`; eps None is ``finfo(x.dtype).eps``.
     Returns y and rstd.
     """
+    if type(x) is not np.ndarray and foreign.kind_of(x) is not None:
+        return foreign.called(rms_norm_forward, x, locals())  # type: ignore[no-any-return]
     x = arrays.taken(x, "x")
     operands.floating("x", x.dtype)
     eps = _finfo_eps(x.dtype) if eps is None else eps
@@ -861,8 +872,9 @@ def rms_norm_backward(
     out: Array | None = None,
 ) -> tuple[Array, Array]:
     """Gradients of :func:`rms_norm_forward`, dx and dweight; arguments as in :func:`layer_norm_backward`."""
-    x, normalized = _normalized_by(x, rstd)
-    return _backward(dy, x, _lines, (normalized,), None, rstd, weight, None, out)[:2]
+    if type(x) is not np.ndarray and foreign.kind_of(x) is not None:
+        return foreign.called(rms_norm_backward, x, locals())  # type: ignore[no-any-return]
+    return _backward(dy, x, _lines, (_normalized_by(x, rstd),), None, rstd, weight, None, out)[:2]
 
 
 def _shares(logits: Array, name: str, x: Array) -> Array:
@@ -915,7 +927,7 @@ def switchable_norm(
     )[0]  # fmt: skip
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def switchable_norm_forward(
     x: Array,
     mean_logits: Array,
@@ -1005,7 +1017,7 @@ def switchable_norm_forward(
     return y, means, variances, rstd
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def switchable_norm_backward(
     dy: Array,
     x: Array,
@@ -1072,7 +1084,7 @@ def weight_norm(v: Array, g: Array, dim: int | None = 0, *, out: Array | None = 
     return weight_norm_forward(v, g, dim, out=out)[0]
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def weight_norm_forward(v: Array, g: Array, dim: int | None = 0, *, out: Array | None = None) -> tuple[Array, Array]:
     """Weight normalization (Salimans & Kingma 2016): ``w = g·v/‖v‖``, of length g in the direction of v.
 
@@ -1108,7 +1120,7 @@ def weight_norm_forward(v: Array, g: Array, dim: int | None = 0, *, out: Array |
     return w, (root / rstd).reshape(g.shape)
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def weight_norm_backward(
     dw: Array, v: Array, g: Array, norm: Array, dim: int | None = 0, *, out: Array | None = None
 ) -> tuple[Array, Array]:
@@ -1153,7 +1165,7 @@ def _shape_of_lengths(shape: _Shape, dim: int | None) -> tuple[int | None, _Shap
     return dim, tuple(n if a == dim else 1 for a, n in enumerate(shape)), math.sqrt(max(rest, 1))
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, frozenset[int]]:
     """n, mean and m2 with the reduced axes kept as 1."""
     x = arrays.taken(x, "x")
@@ -1180,7 +1192,7 @@ def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, 
     return float(n), shaped(mean), shaped(m2), reduced
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def moments(
     x: Array, axes: int | Sequence[int], *, correction: float = 0, keepdims: bool = False
 ) -> tuple[Array, Array]:
@@ -1211,7 +1223,7 @@ def moments(
     return mean, variance
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def batch_normalization(
     x: Array, mean: Array, variance: Array, offset: Array | None, scale: Array | None, variance_epsilon: float
 ) -> Array:

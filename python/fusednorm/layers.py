@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from fusednorm import arrays, functional
+from fusednorm import arrays, conventions, functional
 from fusednorm.arrays import Array
 from fusednorm.functional import Activation
 
@@ -43,6 +43,7 @@ def _own(name: str) -> property:
 class _Layer:
     """Arrays under PyTorch's names on one device, and what a call saves for its backward."""
 
+    _norm: ClassVar[str]  # in the table of conventions
     _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias")
     _gradients: ClassVar[tuple[str, ...]] = ("weight_grad", "bias_grad")
 
@@ -61,6 +62,14 @@ class _Layer:
         self._saved = threading.local()
         self.to(device)
 
+    @classmethod
+    def from_convention(cls: type[_L], convention: str, *sizes: Any, **options: Any) -> _L:
+        """The layer with the defaults of another library: "torch", "keras", "flax", "onnx", "chainer", "caffe" or
+        "mxnet"; see :mod:`fusednorm.conventions`. `sizes` and `options` are the constructor's, and come before those.
+        ValueError where the library has no such norm.
+        """
+        return cls(*sizes, **conventions.options(convention, cls._norm, options))
+
     def _assign(self, name: str, value: Any) -> None:
         own = getattr(self, "_" + name)
         if own is None:
@@ -75,10 +84,12 @@ class _Layer:
     weight = _own("weight")
     bias = _own("bias")
 
-    def _here(self, x: Array) -> None:
-        """TypeError where x is not on the layer's device."""
+    def _here(self, x: Array) -> Array:
+        """x as NumPy's or CuPy's; TypeError where it is not on the layer's device."""
         if type(x) is not np.ndarray or self.device != "cpu":
+            x = arrays.taken(x, "x")
             arrays.expect_on(self.device, x, "layer")
+        return x
 
     def _last_call(self) -> Any:
         saved = getattr(self._saved, "call", None)
@@ -151,6 +162,7 @@ class _Running(_Layer):
     _arrays: ClassVar[tuple[str, ...]] = ("weight", "bias", "running_mean", "running_var")
     _running_mean: Array | None
     _running_var: Array | None
+    _debiased = False  # of the running statistics, which are the batches' weighted mean alone then
 
     def __init__(
         self,
@@ -194,7 +206,13 @@ class _Running(_Layer):
 
     def _weighing(self) -> tuple[float, int]:
         """Momentum and the count of batches as the functions take them; for a cumulative average none and the count."""
-        return (0.0, self.num_batches_tracked) if self.momentum is None else (self.momentum, -1)
+        if self.momentum is None or (self._debiased and self.momentum == 0):
+            return 0.0, self.num_batches_tracked
+        if self._debiased and self.momentum < 1:
+            # The k-th batch weighs 1, the one before 1 − momentum, …: (1 − (1 − momentum)^k)/momentum all of them.
+            left = (self.num_batches_tracked + 1) * math.log1p(-self.momentum)
+            return self.momentum / -math.expm1(left), -1
+        return self.momentum, -1
 
     def _state(self) -> dict[str, Array | None]:
         tracked = np.asarray(self.num_batches_tracked, np.int64) if self.track_running_stats else None
@@ -221,7 +239,7 @@ class BatchNorm(_Running):
         False: no running statistics; the batch's are used in evaluation too.
     axis : int
         The axis that is kept; -1 for channels last.
-    activation, ghost_batch_size
+    activation, ghost_batch_size, correction
         As in :func:`fusednorm.batch_norm_forward`.
     dtype : dtype of parameters and running statistics, whatever x's
     device : "cpu", "cuda" or "cuda:0", "cuda:1", …
@@ -245,6 +263,8 @@ class BatchNorm(_Running):
     threads may evaluate one layer at once; training from several needs the caller's lock.
     """
 
+    _norm: ClassVar[str] = "batch"
+
     def __init__(
         self,
         num_features: int,
@@ -256,20 +276,61 @@ class BatchNorm(_Running):
         axis: int = 1,
         activation: Activation = None,
         ghost_batch_size: int | None = None,
+        correction: int = 1,
         dtype: Any = "float32",
         device: str = "cpu",
     ) -> None:
         functional._activation(activation)
         functional._check_ghosts(ghost_batch_size)
+        functional._check_correction(correction)
         self.activation = activation
         self.ghost_batch_size = ghost_batch_size
+        self.correction = correction
         super().__init__(num_features, eps, momentum, affine, track_running_stats, axis, dtype, device)
+
+    @classmethod
+    def from_convention(
+        cls,
+        convention: str,
+        num_features: int,
+        *,
+        scale: bool | None = None,
+        center: bool | None = None,
+        **options: Any,
+    ) -> BatchNorm:
+        """A layer with the defaults and the meaning of another library, by :data:`fusednorm.conventions.CONVENTIONS`.
+
+        Trained on the same batches it gives the same running statistics and outputs.
+        :func:`fusednorm.conventions.to_pytorch` makes that library's state one that :meth:`load_state_dict` takes.
+
+        Parameters
+        ----------
+        convention : "torch", "keras", "flax", "onnx", "chainer", "caffe" or "mxnet"
+        num_features : int
+        scale, center : bool, optional
+            Whether there are a weight and a bias. MXNet's scale is False by default, which is its ``fix_gamma=True``;
+            Caffe has both in a Scale layer of its own, and here only where they are True.
+        **options
+            The constructor's but for affine. `momentum` is meant as that library means it: mostly the weight of the old
+            value.
+        """
+        row = conventions.named(convention)
+        scale, center = row.scale if scale is None else scale, row.center if center is None else center
+        if row.debiased and options.get("ghost_batch_size") is not None:
+            raise ValueError(f"{row.library} has no ghost batches: its first batches weigh more, by their number")
+        layer = cls(num_features, affine=scale or center, **conventions.options(convention, cls._norm, options))
+        layer._debiased = row.debiased
+        if not scale:
+            layer._weight = None
+        if not center:
+            layer._bias = None
+        return layer
 
     def __call__(
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
     ) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         training, tracked = self.training, self.track_running_stats
         batch_statistics = training or not tracked
         momentum, counted = self._weighing()
@@ -289,6 +350,7 @@ class BatchNorm(_Running):
             residual,
             self.activation,
             mask,
+            correction=self.correction,
         )
         if training and tracked and y.size:
             self.num_batches_tracked += 1 if mean.ndim == 1 else mean.shape[0]
@@ -317,8 +379,8 @@ class BatchNorm(_Running):
             out=out,
         )
         self._saved.call = None
-        if self.affine:
-            self.weight_grad, self.bias_grad = dweight, dbias
+        self.weight_grad = None if self._weight is None else dweight
+        self.bias_grad = None if self._bias is None else dbias
         return (dx, *dresidual) if dresidual else dx
 
     def scale_shift(self) -> tuple[Array, Array]:
@@ -342,7 +404,7 @@ class BatchNorm(_Running):
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, axis={self.axis}, activation={self.activation!r}, "
-            f"ghost_batch_size={self.ghost_batch_size})"
+            f"ghost_batch_size={self.ghost_batch_size}, correction={self.correction})"
         )
 
 
@@ -365,6 +427,8 @@ class InstanceNorm(_Running):
     Attributes and what a call keeps are those of :class:`BatchNorm`.
     """
 
+    _norm: ClassVar[str] = "instance"
+
     def __init__(
         self,
         num_features: int,
@@ -381,7 +445,7 @@ class InstanceNorm(_Running):
 
     def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C, *spatial) or with C at `axis`; raises as :func:`instance_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         own = self.training or not self.track_running_stats
         y, mean, rstd = functional._forward(
             x,
@@ -441,6 +505,8 @@ class GroupNorm(_Layer):
     where `num_channels` is not divisible by `num_groups`.
     """
 
+    _norm: ClassVar[str] = "group"
+
     def __init__(
         self,
         num_groups: int,
@@ -467,7 +533,7 @@ class GroupNorm(_Layer):
 
     def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`group_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         y, mean, rstd = functional.group_norm_forward(
             x, self.num_groups, self._weight, self._bias, self.eps, axis=self.axis, mask=mask, out=out
         )
@@ -508,6 +574,8 @@ class LayerNorm(_Layer):
     Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same.
     """
 
+    _norm: ClassVar[str] = "layer"
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -530,7 +598,7 @@ class LayerNorm(_Layer):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (..., *normalized_shape); raises as :func:`layer_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         y, mean, rstd = functional.layer_norm_forward(
             x, self.normalized_shape, self._weight, self._bias, self.eps, out=out
         )
@@ -559,6 +627,7 @@ class RMSNorm(_Layer):
     Parameters are those of :class:`LayerNorm`, without a bias; eps None is ``finfo(x.dtype).eps``.
     """
 
+    _norm: ClassVar[str] = "rms"
     _arrays: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(
@@ -578,7 +647,7 @@ class RMSNorm(_Layer):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (..., *normalized_shape); raises as :func:`rms_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         y, rstd = functional.rms_norm_forward(x, self.normalized_shape, self._weight, self.eps, out=out)
         self._saved.call = (x, rstd)
         return y
@@ -617,6 +686,7 @@ class SwitchableNorm(_Running):
     The other attributes, and what a call keeps, are those of :class:`BatchNorm`.
     """
 
+    _norm: ClassVar[str] = "switchable"
     _arrays: ClassVar[tuple[str, ...]] = (*_Running._arrays, "mean_logits", "var_logits")
     _gradients: ClassVar[tuple[str, ...]] = (*_Running._gradients, "mean_logits_grad", "var_logits_grad")
     mean_logits = _own("mean_logits")
@@ -653,7 +723,7 @@ class SwitchableNorm(_Running):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`switchable_norm_forward`."""
-        self._here(x)
+        x = self._here(x)
         of_batch = self.training or not self.track_running_stats
         momentum, counted = self._weighing()
         y, *saved = functional.switchable_norm_forward(
@@ -733,6 +803,7 @@ class WeightNorm(_Layer):
         Set by :meth:`backward`, in the parameter's dtype.
     """
 
+    _norm: ClassVar[str] = "weight"
     _arrays: ClassVar[tuple[str, ...]] = ("weight_g", "weight_v")
     _gradients: ClassVar[tuple[str, ...]] = ("weight_g_grad", "weight_v_grad")
     weight_g = _own("weight_g")
@@ -765,7 +836,7 @@ class WeightNorm(_Layer):
         v and g must be as they were in the call: take the optimizer's step afterwards.
         """
         norm = self._last_call()
-        self._here(dw)
+        dw = self._here(dw)
         dv, dg = functional.weight_norm_backward(dw, self._weight_v, self._weight_g, norm, self.dim)
         self._saved.call = None
         self.weight_v_grad, self.weight_g_grad = dv, dg

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fusednorm import _C, arrays, functional, operands
+from fusednorm import _C, arrays, foreign, functional, operands
 from fusednorm.arrays import Array
 from fusednorm.statistics import Moments
 
@@ -94,7 +94,7 @@ def _expect_names(names: Array | None, fitted: Array | None, owner: str) -> None
     )
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def _expect_finite(x: Array, allow_nan: bool) -> None:
     """ValueError where x has infinities, or NaN if that is not allowed. The mean of all numbers shows either fastest,
     but many NaN make the kernels slow: some rows tell."""
@@ -108,7 +108,7 @@ def _expect_finite(x: Array, allow_nan: bool) -> None:
         raise ValueError("Input X contains NaN.")
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def _moments(x: Array) -> Moments:
     """The moments of each feature's numbers that are not NaN; ValueError for infinities."""
     n, *found, _ = functional._moments(x, 0)
@@ -138,7 +138,7 @@ def _moments_without_nan(x: Array, features: Array) -> Moments:
     return total
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def _scaled(x: Array, mean: Array, factor: Array, shift: Array, in_place: bool) -> Array:
     """(x − mean)·factor + shift of each feature, in one pass."""
     if x.dtype != _FLOAT64 and not np.all(np.isnan(factor) | ((factor > _FACTORS[0]) & (factor < _FACTORS[1]))):
@@ -397,7 +397,7 @@ class Standardizer(_Transformer):
         return not (self.copy if copy is None else copy) and arrays.is_writeable(x)
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def _scatter(x: Array, near: Array) -> tuple[Array, Array]:
     """The mean, and Σ(x − mean)(x − mean)ᵀ, in float64; `near` is the mean as the kernels have it, with the digits of
     their arithmetic."""
@@ -415,7 +415,7 @@ def _scatter(x: Array, near: Array) -> tuple[Array, Array]:
     return near + left / n, total - np.outer(left, left / n)
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def _linear(x: Array, before: Array, matrix: Array, after: Array) -> Array:
     """(x − before) @ matrix + after, in float64, rounded to x's dtype."""
     before, matrix, after = (arrays.moved(a, arrays.device(x)) for a in (before, matrix, after))
@@ -425,7 +425,7 @@ def _linear(x: Array, before: Array, matrix: Array, after: Array) -> Array:
     return y
 
 
-@arrays.on_its_device
+@foreign.on_its_device
 def _eigh(beside: Array, matrix: Array) -> tuple[Array, Array]:
     """Eigenvalues, largest first, and eigenvectors as rows, by the library of `beside`."""
     values, vectors = arrays.namespace(beside).linalg.eigh(arrays.moved(matrix, arrays.device(beside)))

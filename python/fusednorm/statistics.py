@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusednorm import _C, functional
+from fusednorm import _C, foreign, functional
 from fusednorm.arrays import Array
 
 __all__ = ["Moments"]
@@ -38,11 +38,11 @@ class Moments:
         self.count, self.mean, self.m2 = (np.array(a, np.float64) for a in arrays)
 
     def push(self, x: Array, axes: int | Sequence[int] = 0) -> Moments:
-        """Take in the observations that lie along `axes` of x (ndarray of float32, float64, float16 or bfloat16).
+        """Take in the observations that lie along `axes` of x (float32, float64, float16 or bfloat16).
 
         Raises ValueError where the remaining shape is not that of the moments so far; TypeError for other arrays.
         """
-        n, mean, m2, reduced = functional._moments(x, axes)
+        n, mean, m2, reduced = functional._moments(foreign.plain(x, "x"), axes)
         mean, m2 = mean.squeeze(tuple(reduced)), m2.squeeze(tuple(reduced))
         return self.merge(Moments(n, mean, m2))
 
