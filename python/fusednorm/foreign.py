@@ -33,7 +33,7 @@ class Kind(NamedTuple):
     changes: bool = True  # whether its arrays can change
 
 
-def _bfloat16() -> np.dtype[Any]:
+def bfloat16() -> np.dtype[Any]:
     try:
         found: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
     except ImportError:
@@ -55,12 +55,13 @@ def _from_torch(x: Any, name: str) -> Array:
     halves = x.dtype == torch.bfloat16  # NumPy does not know it from PyTorch: as integers, then
     x = x.view(torch.int16) if halves else x
     a = x.numpy() if x.device.type == "cpu" else arrays.taken(x, name)
-    return a.view(_bfloat16()) if halves else a
+    return a.view(bfloat16()) if halves else a
 
 
-def _to_torch(a: Array, like: Any) -> Any:
+def to_torch(a: Array, like: Any = None) -> Any:
+    """A tensor over the array's memory."""
     torch = sys.modules["torch"]
-    halves = a.dtype.name == "bfloat16"
+    halves = a.dtype.kind == "V"  # bfloat16, which is not NumPy's own
     a = a.view(np.int16) if halves else a
     # Not from_dlpack on the CPU: of negative strides it aborts the process, where from_numpy raises.
     x = torch.from_numpy(a) if isinstance(a, np.ndarray) else torch.from_dlpack(a)
@@ -129,7 +130,7 @@ def _to_its_namespace(a: Array, like: Any) -> Any:
 
 
 _LIBRARIES = (
-    ("torch", "Tensor", Kind(_from_torch, _to_torch, _on_torchs_stream)),
+    ("torch", "Tensor", Kind(_from_torch, to_torch, _on_torchs_stream)),
     ("jax", "Array", Kind(_from_jax, _to_jax, _until_done, changes=False)),
 )
 _DLPACK = Kind(_from_dlpack, _to_its_namespace)

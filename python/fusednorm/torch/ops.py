@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
@@ -25,6 +24,7 @@ from torch.autograd import forward_ad
 
 from fusednorm import arrays, functional
 from fusednorm.arrays import Array
+from fusednorm.foreign import bfloat16, to_torch
 from fusednorm.operands import LayoutOf
 
 __all__ = ["norm"]
@@ -57,13 +57,6 @@ _LIBRARY.define(
 # Tensors and arrays over the same memory.
 
 
-def _bfloat16() -> Any:
-    try:
-        return import_module("ml_dtypes").bfloat16
-    except ImportError:
-        raise ImportError("bfloat16 tensors need ml_dtypes: pip install 'fusednorm[bf16]'") from None
-
-
 def _array(t: Tensor | None) -> Any:
     """A NumPy or CuPy array over the tensor's memory; None of None."""
     if t is None:
@@ -71,16 +64,8 @@ def _array(t: Tensor | None) -> Any:
     if t.requires_grad:
         t = t.detach()
     if t.dtype is torch.bfloat16:
-        return _array(t.view(torch.int16)).view(_bfloat16())
+        return _array(t.view(torch.int16)).view(bfloat16())
     return t.numpy() if t.is_cpu else arrays.taken(t, "a tensor")
-
-
-def _tensor(a: Array) -> Tensor:
-    """A tensor over the array's memory. What comes here was allocated like a tensor: its strides are not negative, of
-    which ``from_dlpack`` would abort the process."""
-    if a.dtype.kind == "V":  # bfloat16, which is not NumPy's own
-        return _tensor(a.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(a) if isinstance(a, np.ndarray) else torch.from_dlpack(a)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -136,7 +121,7 @@ def _forward(
         _array(running_var), own, momentum, -1, _array(residual), _activation(activation, slope), _array(mask),
         kind == "instance", kind != "rms",
     )  # fmt: skip
-    return _tensor(y), mean, rstd
+    return to_torch(y), mean, rstd
 
 
 @_on_its_stream
@@ -153,7 +138,7 @@ def _backward(
         _array(dy), _array(_dense(x)), layout_of, how, mean, rstd, weight_, weight_ if bias is None else _array(bias),
         None, not own, _array(residual), _activation(activation, slope), _array(mask),
     )  # fmt: skip
-    return _tensor(dx), _tensor(dweight), _tensor(dbias), None if dresidual is None else _tensor(dresidual)
+    return to_torch(dx), to_torch(dweight), to_torch(dbias), None if dresidual is None else to_torch(dresidual)
 
 
 @_on_its_stream
@@ -168,7 +153,7 @@ def _double_backward(
     found = functional._double_backward(
         v_, dy_, x_, layout_of, how, mean, rstd, _array(weight), _array(cweight), _array(cbias), not own
     )
-    ddy, dx, dweight = (_tensor(a) for a in found)
+    ddy, dx, dweight = (to_torch(a) for a in found)
     return ddy.to(x.dtype), dx.to(x.dtype), dweight
 
 
@@ -180,7 +165,7 @@ def _none(x: Tensor) -> Tensor:
 
 
 def _saved_tensors(x: Tensor, mean: _Saved, rstd: Array) -> tuple[Tensor, Tensor]:
-    return x.new_empty(0, dtype=torch.float64) if mean is None else _tensor(mean), _tensor(rstd)
+    return x.new_empty(0, dtype=torch.float64) if mean is None else to_torch(mean), to_torch(rstd)
 
 
 def _saved_arrays(kind: str, mean: Tensor, rstd: Tensor) -> tuple[_Saved, Array]:
