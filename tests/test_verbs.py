@@ -37,6 +37,7 @@ FOLDS = {
     "group columns, one": (2, 130, 1, 6, 1),
     "lines": (9, 1, 1, 37, 1),
     "group lines": (7, 1, 3, 21, 1),
+    "panels of group lines": (37, 1, 2, 4219, 1),
 }
 # Large enough for several threads and for runs that are written together with their neighbours.
 LARGE = {

@@ -1,8 +1,9 @@
 // Lines: each run of `inner` elements has one statistic, and each of them a channel of its own (layer norm, RMS norm).
 //
-// A line comes from memory once: the sweep that writes finds it in cache. Gradients of parameters run across the lines:
-// kLinesAtOnce of them are swept side by side, so that one sum in a register serves them all. What is added in which
-// order is decided by the shape alone: tiles of lines, float32 for kChunkLines of them, float64 above.
+// A line comes from memory once: the sweep that writes finds it in cache (but for panels: LineShape). Gradients of
+// parameters run across the lines: kLinesAtOnce of them are swept side by side, so that one sum in a register serves
+// them all. What is added in which order is decided by the shape alone: tiles of lines, float32 for kChunkLines of them,
+// float64 above.
 #pragma once
 
 #include "cpu/columns.h"

@@ -1214,7 +1214,8 @@ def _numerics_cases() -> list[Case]:
 
 
 def _line_cases() -> list[Case]:
-    """Layer and RMS norm: around the widths of vectors and chunks, few and many lines, all dtypes, far means."""
+    """Layer and RMS norm: around the widths of vectors, chunks and panels, few and many lines, all dtypes, far
+    means."""
 
     def line(shape: tuple[int, ...], norm: str, **options: Any) -> Case:
         return _case(shape, norm=norm, running=False, **options)
@@ -1227,6 +1228,7 @@ def _line_cases() -> list[Case]:
         *[line((lines, width), norm) for lines, width, norm in itertools.product((1, 5, 37), widths, norms)],
         *[line((1300, 24), norm) for norm in norms],
         *[line((3, 70001), norm, affine=affine) for norm, affine in itertools.product(norms, (True, False))],
+        *[line((70, 8221), norm, dtype=dtype) for norm, dtype in itertools.product(norms, DTYPES)],
         *[
             line(shape, norm, normalized=normalized, dtype=dtype, tags=("quick",) if len(shape) == 3 else ())
             for (shape, normalized), norm, dtype in itertools.product(deep, norms, DTYPES)
