@@ -13,7 +13,7 @@ namespace {
 
 // Elements read. A smaller share is done by one thread about as soon, and cannot wait for a thread that lost its core
 // to another pool.
-constexpr int64_t kElementsPerThread = 1 << 16;
+constexpr int64_t kElementsPerThread = 1 << 15;
 
 FN_INLINE int threads_for(int64_t elements, int64_t tasks) {
   int64_t n = threads();
