@@ -328,6 +328,19 @@ def _backward(
     return dx, dweight, dbias, dresidual
 
 
+def _no_double_backward(activation: Activation, mask: object) -> str:
+    """Why a norm has no double backward, in words; empty where it has one."""
+    if activation is not None:
+        norm = "an activation"
+        reason = "its second derivative is not in the kernels; apply the activation to the norm's result"
+    elif mask is not None:
+        norm = "a mask"
+        reason = "the gradient of a norm with a mask is not symmetric, which its kernels rely on"
+    else:
+        return ""
+    return f"there is no double backward through a norm with {norm}: {reason}"
+
+
 def _double_backward(
     v: Array,
     dy: Array,
