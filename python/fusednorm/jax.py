@@ -10,9 +10,10 @@
 Arguments, names and error words are those of :mod:`fusednorm.functional`; channels are last, as in Flax, unless `axis`
 says otherwise. Arguments that are no arrays (eps, momentum, training, …) are Python's, known when a function is traced.
 
-**How a call goes.** XLA calls back into Python (``jax.pure_callback``), where arrays are NumPy's, seen where they lie;
-results are copied into XLA's memory. What is wrong with a call is said when it is traced, not from the callback. On
-another device than the CPU arrays go through the host.
+**How a call goes.** XLA calls back into Python (``buffer_callback``), where the kernels read and write XLA's memory in
+place; nothing is copied. What is wrong with a call is said when it is traced, not from the callback. Not
+``jax.pure_callback``: it puts the arguments on a device again, in XLA's own threads, and waits for that in one of them;
+where all of these wait, as on a machine with one core, that is for ever.
 
 **Gradients.** Reverse mode (``grad``, ``vjp``, ``jacrev``), and reverse mode over it for norms without an activation
 and a mask; third derivatives and forward mode (``jvp``, ``jacfwd``, ``hessian``) are errors. Running statistics are
@@ -38,8 +39,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
 
-from fusednorm import arrays, functional, operands
+from fusednorm import functional, operands
 from fusednorm.arrays import Array
 from fusednorm.functional import Activation
 from fusednorm.operands import LayoutOf
@@ -61,54 +63,61 @@ class _How(NamedTuple):
     saved: tuple[int, ...] = ()  # shape of the statistics, once it is known
 
 
-# The kernels, on NumPy's arrays.
+# The kernels, on NumPy's arrays, into `out`; of what nobody asked for that is None.
 
 
-def _packed(mean: Array | None, rstd: Array) -> Array:
-    return np.concatenate([a.ravel() for a in (mean, rstd) if a is not None]).view(np.uint32)
-
-
-def _unpacked(how: _How, saved: Array) -> tuple[Array | None, Array]:
-    *mean, rstd = saved.view(np.float64).reshape(1 + how.center, *how.saved)
-    return (mean[0] if how.center else None), rstd
+def _statistics(how: _How, saved: Array) -> tuple[Array | None, Array]:
+    """Mean, if there is one, and rstd, in the bits that are saved."""
+    rows = saved.view(np.float64).reshape(1 + how.center, -1)
+    return (rows[0].reshape(how.saved) if how.center else None), rows[-1].reshape(how.saved)
 
 
 def _forward(
-    how: _How, x: Array, weight: Array | None, bias: Array | None, residual: Array | None, running_mean: Array | None,
-    running_var: Array | None, mask: Array | None,
-) -> tuple[Array | None, ...]:  # fmt: skip
-    if how.training and running_mean is not None and running_var is not None:
-        running_mean, running_var = running_mean.copy(), running_var.copy()
-    y, mean, rstd = functional._forward(
-        x, how.layout_of, how.where, weight, bias, how.eps, None, running_mean, running_var, how.training, how.momentum,
+    how: _How, out: Sequence[Any], x: Array, weight: Array | None, bias: Array | None, residual: Array | None,
+    running_mean: Array | None, running_var: Array | None, mask: Array | None,
+) -> None:  # fmt: skip
+    y, saved, *new = out
+    for a, running in zip(new, (running_mean, running_var), strict=True):
+        if a is not None:
+            a[...] = running
+    if how.training:
+        running_mean, running_var = new
+    _, *found = functional._forward(
+        x, how.layout_of, how.where, weight, bias, how.eps, y, running_mean, running_var, how.training, how.momentum,
         -1, residual, how.activation, mask, False, how.center, how.correction,
     )  # fmt: skip
-    return y, _packed(mean, rstd), running_mean, running_var
+    _fill(_statistics(how, saved), found)
 
 
 def _backward(
-    how: _How, dy: Array, x: Array, weight: Array | None, bias: Array | None, residual: Array | None,
-    mask: Array | None, saved: Array,
-) -> tuple[Array, ...]:  # fmt: skip
-    mean, rstd = _unpacked(how, saved)
-    return functional._backward(
-        dy, x, how.layout_of, how.where, mean, rstd, weight, bias, None, not how.training, residual, how.activation,
-        mask,
+    how: _How, out: Sequence[Any], dy: Array, x: Array, weight: Array | None, bias: Array | None,
+    residual: Array | None, mask: Array | None, saved: Array,
+) -> None:  # fmt: skip
+    dx, *others = out
+    _, *found = functional._backward(
+        dy, x, how.layout_of, how.where, *_statistics(how, saved), weight, bias, dx, not how.training, residual,
+        how.activation, mask,
     )  # fmt: skip
+    _fill(others, found)
 
 
 def _double_backward(
-    how: _How, v: Array, cweight: Array | None, cbias: Array | None, dy: Array, x: Array, weight: Array | None,
-    saved: Array,
-) -> tuple[Array, ...]:  # fmt: skip
-    mean, rstd = _unpacked(how, saved)
+    how: _How, out: Sequence[Any], v: Array, cweight: Array | None, cbias: Array | None, dy: Array, x: Array,
+    weight: Array | None, saved: Array,
+) -> None:  # fmt: skip
     # Several passes, between which half types would round.
     wide = np.float64 if x.dtype == np.float64 else np.float32
-    v, dy, wide_x = (a.astype(wide, copy=False) for a in (v, dy, x))
-    ddy, dx, dweight = functional._double_backward(
-        v, dy, wide_x, how.layout_of, how.where, mean, rstd, weight, cweight, cbias, not how.training
+    v, dy, x = (a.astype(wide, copy=False) for a in (v, dy, x))
+    found = functional._double_backward(
+        v, dy, x, how.layout_of, how.where, *_statistics(how, saved), weight, cweight, cbias, not how.training
     )
-    return ddy.astype(x.dtype, copy=False), dx.astype(x.dtype, copy=False), dweight
+    _fill(out, found)
+
+
+def _fill(out: Sequence[Any], found: Sequence[Any]) -> None:
+    for a, value in zip(out, found, strict=True):
+        if a is not None:
+            a[...] = value
 
 
 # Called by XLA.
@@ -118,34 +127,28 @@ def _double_backward(
 class _Callback:
     """One of the above as XLA calls it. Equal ones are one to JAX, which compiles once for each."""
 
-    kernel: Callable[..., tuple[Array | None, ...]]
+    kernel: Callable[..., None]
     how: _How
-    ranks: tuple[int, ...]  # of the arguments; what they have besides, in front, is vmap's
-    results: tuple[Any, ...]  # shapes and dtypes; None for what nobody asked for
+    ranks: tuple[int | None, ...]  # of the arguments; what they have besides, in front, is vmap's
 
-    def __call__(self, *given: Any) -> tuple[Array, ...]:
-        taken = [None if a is None else np.asarray(a) for a in given]
-        there = (a for a in taken if a is not None)
-        entries = np.broadcast_shapes(*(a.shape[: a.ndim - r] for a, r in zip(there, self.ranks, strict=True)))
+    def __call__(self, context: Any, out: Sequence[Any], *args: Any) -> None:
+        results, given = ([None if a is None else np.asarray(a) for a in one] for one in (out, args))
+        leading = (a.shape[: a.ndim - r] for a, r in zip(given, self.ranks, strict=True) if a is not None)
+        entries = np.broadcast_shapes(*leading)
         if not entries:
-            found = self.kernel(self.how, *taken)
-            return tuple(a for a, r in zip(found, self.results, strict=True) if a is not None and r is not None)
-        full = [None if a is None else np.broadcast_to(a, entries + a.shape[len(entries) :]) for a in taken]
-        stacked = [None if r is None else np.empty(entries + r.shape, r.dtype) for r in self.results]
+            return self.kernel(self.how, results, *given)
+        given = [None if a is None else np.broadcast_to(a, entries + a.shape[len(entries) :]) for a in given]
         for i in np.ndindex(entries):
-            found = self.kernel(self.how, *(None if a is None else a[i] for a in full))
-            for a, one in zip(stacked, found, strict=True):
-                if a is not None:
-                    a[i] = one
-        return tuple(a for a in stacked if a is not None)
+            its_out, its_own = ([None if a is None else a[i] for a in one] for one in (results, given))
+            self.kernel(self.how, its_out, *its_own)
+        return None
 
 
 def _call(
-    kernel: Callable[..., tuple[Array | None, ...]], how: _How, results: tuple[Any, ...], *args: jax.Array | None
+    kernel: Callable[..., None], how: _How, results: tuple[Any, ...], *args: jax.Array | None
 ) -> tuple[Any, ...]:
-    ranks = tuple(a.ndim for a in args if a is not None)
-    called = _Callback(kernel, how, ranks, results)
-    return jax.pure_callback(called, results, *args, vmap_method="expand_dims")  # type: ignore[no-any-return]
+    called = _Callback(kernel, how, tuple(None if a is None else a.ndim for a in args))
+    return buffer_callback(called, results, vmap_method="expand_dims")(*args)  # type: ignore[no-any-return]
 
 
 def _like(a: jax.Array | None) -> Any:
@@ -244,7 +247,6 @@ def _expect(
     dense, layout = operands.dense(given, how.layout_of, how.where)
     operands.expect_statistics(layout, how.training, how.eps, running_mean, running_var)
     operands.expect_together(running_mean, running_var)
-    functional._activation(how.activation)
     if residual is not None:
         operands.alike(unfilled(residual), "residual", given, dense)
     if mask is not None:
@@ -310,6 +312,7 @@ def batch_norm(
     can be passed through: ``y, stats = batch_norm(x, *stats, training=training)``. In the words of Flax they are
     ``batch_stats``, of ``momentum=1 - momentum`` and, unless `correction` is 0, of a variance over n - 1.
     """
+    functional._activation(activation)
     functional._check_correction(correction)
     if momentum is None:
         raise TypeError("momentum must be a number; a cumulative average is momentum=1 / (batches + 1)")
