@@ -369,8 +369,9 @@ def _double_backward(
     given = x
     x, layout = operands.dense(arrays.taken(x, "x"), layout_of, how)
     v, dy = operands.alike(v, "v", given, x), operands.alike(dy, "dy", given, x)
-    mean = None if mean is None else operands.statistics(mean, "mean", x, layout)
-    r = operands.statistics(rstd, "rstd", x, layout)
+    # One axis: NumPy makes a number, not an array, of a sum of arrays without axes.
+    mean = None if mean is None else operands.statistics(mean, "mean", x, layout).reshape(-1)
+    r = operands.statistics(rstd, "rstd", x, layout).reshape(-1)
     weight, cweight, cbias = (
         operands.parameter(a, name, layout) for a, name in ((weight, "weight"), (cweight, "cweight"), (cbias, "cbias"))
     )

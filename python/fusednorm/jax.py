@@ -144,9 +144,7 @@ class _Callback:
         return None
 
 
-def _call(
-    kernel: Callable[..., None], how: _How, results: tuple[Any, ...], *args: jax.Array | None
-) -> tuple[Any, ...]:
+def _call(kernel: Callable[..., None], how: _How, results: tuple[Any, ...], *args: jax.Array | None) -> tuple[Any, ...]:
     called = _Callback(kernel, how, tuple(None if a is None else a.ndim for a in args))
     return buffer_callback(called, results, vmap_method="expand_dims")(*args)  # type: ignore[no-any-return]
 
@@ -348,9 +346,7 @@ def layer_norm(
     return _normed(how, x, weight, bias)[0]  # type: ignore[no-any-return]
 
 
-def rms_norm(
-    x: Any, normalized_shape: int | Sequence[int], weight: Any = None, eps: float | None = None
-) -> jax.Array:
+def rms_norm(x: Any, normalized_shape: int | Sequence[int], weight: Any = None, eps: float | None = None) -> jax.Array:
     """RMS normalization as :func:`fusednorm.rms_norm`; eps None is ``finfo(x.dtype).eps``."""
     shape = functional._shape_of(normalized_shape)
     how = _How(functional._lines, (shape,), None if eps is None else float(eps), center=False)
