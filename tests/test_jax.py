@@ -332,7 +332,7 @@ ERRORS: dict[str, Callable[[Any], Any]] = {
     "two axes": lambda f: f.batch_norm(X, C, C, C[None], axis=-1),
     "parameter dtype": lambda f: f.batch_norm(X, C, C, C.astype(np.int32), axis=-1),
     "one value": lambda f: f.batch_norm(X[:1, :1], None, None, training=True, axis=-1),
-    "eps": lambda f: f.batch_norm(X, None, None, training=True, eps=0, axis=-1),
+    "eps": lambda f: f.batch_norm(X, None, None, training=True, eps=0.0, axis=-1),
     "axis": lambda f: f.batch_norm(X, None, None, training=True, axis=3),
     "one axis": lambda f: f.batch_norm(X[0, 0], None, None, training=True, axis=-1),
     "dtype": lambda f: f.batch_norm(X.astype(np.int32), None, None, training=True, axis=-1),
@@ -370,6 +370,9 @@ def test_errors_of_its_own() -> None:
         fnj.rms_norm(X, 6, 1.0)
     with pytest.raises(TypeError, match="momentum must be a number"):
         fnj.batch_norm(X, training=True, momentum=None)  # type: ignore[arg-type]
+    for name, value in {"eps": 1e-5, "momentum": 0.1, "training": True}.items():
+        with pytest.raises(jax.errors.ConcretizationTypeError):
+            jax.jit(lambda value, name=name: fnj.batch_norm(X, C, C, **{name: value}))(value)
     with pytest.raises(ValueError, match="correction must be 0 or 1"):
         fnj.batch_norm(X, training=True, correction=2)
 

@@ -54,7 +54,7 @@ class _How(NamedTuple):
 
     layout_of: LayoutOf
     where: tuple[Any, ...]  # its arguments
-    eps: float | None  # None: the dtype's
+    eps: float
     training: bool = True
     momentum: float = 0.0
     correction: int = 1
@@ -129,12 +129,12 @@ class _Callback:
 
     kernel: Callable[..., None]
     how: _How
-    ranks: tuple[int | None, ...]  # of the arguments; what they have besides, in front, is vmap's
+    ranks: tuple[int, ...]  # of the arguments; what they have besides, in front, is vmap's
 
     def __call__(self, context: Any, out: Sequence[Any], *args: Any) -> None:
         results, given = ([None if a is None else np.asarray(a) for a in one] for one in (out, args))
-        leading = (a.shape[: a.ndim - r] for a, r in zip(given, self.ranks, strict=True) if a is not None)
-        entries = np.broadcast_shapes(*leading)
+        there = (a for a in given if a is not None)
+        entries = np.broadcast_shapes(*(a.shape[: a.ndim - r] for a, r in zip(there, self.ranks, strict=True)))
         if not entries:
             return self.kernel(self.how, results, *given)
         given = [None if a is None else np.broadcast_to(a, entries + a.shape[len(entries) :]) for a in given]
@@ -145,7 +145,7 @@ class _Callback:
 
 
 def _call(kernel: Callable[..., None], how: _How, results: tuple[Any, ...], *args: jax.Array | None) -> tuple[Any, ...]:
-    called = _Callback(kernel, how, tuple(None if a is None else a.ndim for a in args))
+    called = _Callback(kernel, how, tuple(a.ndim for a in args if a is not None))
     return buffer_callback(called, results, vmap_method="expand_dims")(*args)  # type: ignore[no-any-return]
 
 
@@ -261,31 +261,23 @@ def _expect(
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _checked(how: _How, x: jax.Array, *rest: Any) -> tuple[Any, ...]:
-    operands.floating("x", x.dtype)
-    how = how._replace(eps=functional._finfo_eps(x.dtype) if how.eps is None else how.eps)
     how = how._replace(saved=_expect(how, x, *rest).saved)
     y, _, *new = _norm(how, x, *rest)
     return y, *new
 
 
-def _normed(
-    how: _How,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    residual: Any = None,
-    running_mean: Any = None,
-    running_var: Any = None,
-    mask: Any = None,
-) -> tuple[Any, ...]:
+def _array(a: Any, name: str) -> jax.Array:
+    if not isinstance(a, (jax.Array, np.ndarray)):
+        kind = f"{type(a).__module__}.{type(a).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"{name} must be a JAX or NumPy array, not {kind}")
+    return jnp.asarray(a)
+
+
+def _normed(how: _How, x: Any, weight: Any, bias: Any, **others: Any) -> tuple[Any, ...]:
     """y and, in training, the new running statistics."""
-    named = {"x": x, "weight": weight, "bias": bias, "residual": residual, "running_mean": running_mean}
-    named |= {"running_var": running_var, "mask": mask}
-    for name, a in named.items():
-        if not isinstance(a, (jax.Array, np.ndarray, type(None))) or (a is None and name == "x"):
-            kind = f"{type(a).__module__}.{type(a).__qualname__}".removeprefix("builtins.")
-            raise TypeError(f"{name} must be a JAX or NumPy array, not {kind}")
-    return _checked(how, *(None if a is None else jnp.asarray(a) for a in named.values()))  # type: ignore[no-any-return]
+    named = {"weight": weight, "bias": bias, "residual": None, "running_mean": None, "running_var": None, "mask": None}
+    given = (None if a is None else _array(a, name) for name, a in (named | others).items())
+    return _checked(how, _array(x, "x"), *given)  # type: ignore[no-any-return]
 
 
 def batch_norm(
@@ -317,7 +309,9 @@ def batch_norm(
     how = _How(
         functional._batch, (index(axis), None), float(eps), bool(training), float(momentum), correction, activation
     )
-    y, *new = _normed(how, x, weight, bias, residual, running_mean, running_var, mask)
+    y, *new = _normed(
+        how, x, weight, bias, residual=residual, running_mean=running_mean, running_var=running_var, mask=mask
+    )
     return y, (new[0], new[1]) if training else (running_mean, running_var)
 
 
@@ -326,7 +320,7 @@ def instance_norm(
 ) -> jax.Array:
     """Instance normalization as :func:`fusednorm.instance_norm_forward`, without running statistics."""
     how = _How(functional._instance, (index(axis),), float(eps))
-    return _normed(how, x, weight, bias, mask=mask)[0]  # type: ignore[no-any-return]
+    return _normed(how, x, weight, bias, mask=mask)[0]
 
 
 def group_norm(
@@ -335,7 +329,7 @@ def group_norm(
 ) -> jax.Array:  # fmt: skip
     """Group normalization as :func:`fusednorm.group_norm`."""
     how = _How(functional._group, (index(axis), index(num_groups)), float(eps))
-    return _normed(how, x, weight, bias, mask=mask)[0]  # type: ignore[no-any-return]
+    return _normed(how, x, weight, bias, mask=mask)[0]
 
 
 def layer_norm(
@@ -343,11 +337,13 @@ def layer_norm(
 ) -> jax.Array:
     """Layer normalization as :func:`fusednorm.layer_norm`."""
     how = _How(functional._lines, (functional._shape_of(normalized_shape),), float(eps))
-    return _normed(how, x, weight, bias)[0]  # type: ignore[no-any-return]
+    return _normed(how, x, weight, bias)[0]
 
 
 def rms_norm(x: Any, normalized_shape: int | Sequence[int], weight: Any = None, eps: float | None = None) -> jax.Array:
     """RMS normalization as :func:`fusednorm.rms_norm`; eps None is ``finfo(x.dtype).eps``."""
     shape = functional._shape_of(normalized_shape)
-    how = _How(functional._lines, (shape,), None if eps is None else float(eps), center=False)
-    return _normed(how, x, weight, None)[0]  # type: ignore[no-any-return]
+    x = _array(x, "x")
+    operands.floating("x", x.dtype)
+    eps = functional._finfo_eps(x.dtype) if eps is None else eps
+    return _normed(_How(functional._lines, (shape,), float(eps), center=False), x, weight, None)[0]
