@@ -41,6 +41,13 @@ def with_torch(session: nox.Session) -> None:
     session.run("pytest", "tests/test_torch.py", *session.posargs)
 
 
+@nox.session(name="jax")
+def with_jax(session: nox.Session) -> None:
+    """fusednorm.jax, with JAX; arguments go to pytest, such as --slow for the whole list of cases."""
+    install(session, ".[test,jax]")
+    session.run("pytest", "tests/test_jax.py", *session.posargs)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff and clang-format; with -- --fix they change the files."""

@@ -46,6 +46,7 @@ MODULES: list[tuple[str, tuple[Any, ...], tuple[int, ...]]] = [
     ("GroupNorm", (2, 6), (4, 6)),
     ("LayerNorm", (6,), (2, 4, 6)),
     ("LayerNorm", ((4, 6),), (3, 2, 4, 6)),
+    ("LayerNorm", ((4, 6),), (4, 6)),
     ("RMSNorm", (6,), (2, 4, 6)),
     ("RMSNorm", ((4, 6), 1e-3), (3, 4, 6)),
 ]

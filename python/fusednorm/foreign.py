@@ -78,8 +78,8 @@ def _on_torchs_stream(x: Any) -> Any:
 def _from_jax(x: Any, name: str) -> Array:
     if isinstance(x, sys.modules["jax"].core.Tracer):
         raise TypeError(
-            f"{name} is traced (jax.jit, grad, vmap), and the kernels run outside of XLA: call this on arrays, or "
-            "through jax.pure_callback"
+            f"{name} is traced (jax.jit, grad, vmap), and the kernels run outside of XLA: call this on arrays, or use "
+            "the functions of fusednorm.jax"
         )
     devices = x.devices()
     platforms = {device.platform for device in devices}

@@ -328,6 +328,19 @@ def _backward(
     return dx, dweight, dbias, dresidual
 
 
+def _no_double_backward(activation: Activation, mask: object) -> str:
+    """Why a norm has no double backward, in words; empty where it has one."""
+    if activation is not None:
+        norm = "an activation"
+        reason = "its second derivative is not in the kernels; apply the activation to the norm's result"
+    elif mask is not None:
+        norm = "a mask"
+        reason = "the gradient of a norm with a mask is not symmetric, which its kernels rely on"
+    else:
+        return ""
+    return f"there is no double backward through a norm with {norm}: {reason}"
+
+
 def _double_backward(
     v: Array,
     dy: Array,
@@ -356,8 +369,9 @@ def _double_backward(
     given = x
     x, layout = operands.dense(arrays.taken(x, "x"), layout_of, how)
     v, dy = operands.alike(v, "v", given, x), operands.alike(dy, "dy", given, x)
-    mean = None if mean is None else operands.statistics(mean, "mean", x, layout)
-    r = operands.statistics(rstd, "rstd", x, layout)
+    # One axis: NumPy makes a number, not an array, of a sum of arrays without axes.
+    mean = None if mean is None else operands.statistics(mean, "mean", x, layout).reshape(-1)
+    r = operands.statistics(rstd, "rstd", x, layout).reshape(-1)
     weight, cweight, cbias = (
         operands.parameter(a, name, layout) for a, name in ((weight, "weight"), (cweight, "cweight"), (cbias, "cbias"))
     )

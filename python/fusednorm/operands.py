@@ -161,19 +161,30 @@ def expect_statistics(
         raise ValueError(f"Expected running_mean and running_var to be defined when {layout.evaluation}")
 
 
+def expect_together(running_mean: object, running_var: object) -> None:
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together")
+
+
+def expect_channels(a: Array, name: str, channels: int) -> None:
+    """One number for each channel, as the verbs say it."""
+    if a.size != channels:
+        raise ValueError(f"{name} should contain {channels} elements not {a.size}")
+    if a.ndim != 1:
+        raise ValueError(f"{name} must have one axis, not {a.ndim}")
+    floating(name, a.dtype)
+
+
 def running(
     mean: Array | None, var: Array | None, others: tuple[Array | None, ...], x: Array, channels: int, written: bool
 ) -> tuple[Array | None, Array | None]:
     """Running statistics that no verb checks: both or none, and where written nothing else that the call takes."""
-    if (mean is None) != (var is None):
-        raise ValueError("running_mean and running_var go together")
+    expect_together(mean, var)
     if mean is None or var is None:
         return None, None
     mean, var = beside(mean, "running_mean", x), beside(var, "running_var", x)
     for name, a, apart_from in (("running_mean", mean, (var, *others)), ("running_var", var, (mean, *others))):
-        floating(name, a.dtype)
-        if a.shape != (channels,):
-            raise ValueError(f"{name} should contain {channels} elements not {a.size}")
+        expect_channels(a, name, channels)
         if written and not arrays.is_writeable(a):
             raise ValueError(f"{name} is read-only")
         if written and not _C.apart(a, apart_from) and any(b is not None and arrays.share(a, b) for b in apart_from):

@@ -300,18 +300,14 @@ def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dy, x, mean, rstd, weight)
     ctx.how = kind, size, own
-    ctx.unknown = "an activation" if activation is not None else "a mask" if mask is not None else ""
+    ctx.missing = functional._no_double_backward(activation, mask)
 
 
 def _double_gradients(
     ctx: Any, v: Tensor | None, cweight: Tensor | None, cbias: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
-    if ctx.unknown:
-        reason = {
-            "an activation": "its second derivative is not in the kernels; apply the activation to the norm's result",
-            "a mask": "the gradient of a norm with a mask is not symmetric, which its kernels rely on",
-        }[ctx.unknown]
-        raise NotImplementedError(f"there is no double backward through a norm with {ctx.unknown}: {reason}")
+    if ctx.missing:
+        raise NotImplementedError(ctx.missing)
     dy, x, mean, rstd, weight = ctx.saved_tensors
     v = torch.zeros_like(x) if v is None else v
     ddy, dx, dweight = _call("norm_double_backward", v, cweight, cbias, dy, x, mean, rstd, weight, *ctx.how)
