@@ -9,8 +9,8 @@ machine hits all of them. bfloat16 is torch.autocast's.
 the two lie within one relative eps of each other. What a training makes of such differences is measured beside the
 forms: by a control, torch.nn's model whose norms' results are multiplied by 1 + eps or 1 - eps, at random, and so their
 gradients. It moves the logits z of a sample by |Δz|, and cross entropy moves by √2·|Δz| at most, since its gradient is
-softmax(z) minus a unit vector. The mean of that over the batch, the largest so far, is the tolerance for the loss of a
-form.
+softmax(z) minus a unit vector. The mean of that over the batch, the largest so far, and one eps of the loss for its own
+rounding, is the tolerance for the loss of a form.
 
 **Where the time goes** is of one step more, under torch.profiler: what forward and backward call, summed by kind.
 """
@@ -101,6 +101,10 @@ class ResNet50(nn.Sequential):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, Bottleneck):
+                # Near 0, where trainings start it (Goyal et al., 2017): at 1 a difference in rounding grows beyond all
+                # bounds within a step, and at 0 the norms before it would not matter to the first loss.
+                nn.init.constant_(module.bn3.weight, 0.2)
 
 
 class Permute(nn.Module):
@@ -166,7 +170,7 @@ class Form:
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)  # as a warm-up begins
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """The logits, in float32."""
@@ -225,7 +229,7 @@ def train(name: str, layout: str, dtype: str, *, steps: int, count: int, size: i
         names = list(found)
         logits = {form: found[form].step(images, labels) for form in names[i % len(names) :] + names[: i % len(names)]}
         moved = max(moved, (logits["control"] - logits["torch.nn"]).norm(dim=1).mean().item())
-        tolerance.append(math.sqrt(2) * moved)
+        tolerance.append(math.sqrt(2) * moved + torch.finfo(torch.float32).eps * found["torch.nn"].losses[-1])
     del found["control"]
     plain = found["torch.nn"]
     ms = {form: [1e3 * s for s in each.seconds[1:]] for form, each in found.items()}
