@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,36 +16,46 @@ import numpy as np
 import pytest
 from support import normal
 
-FAMILY = Path(__file__).parent.parent / "examples" / "family.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FAMILY, RESNET = EXAMPLES / "family.py", EXAMPLES / "resnet.py"
 NORMS = ("batch", "ghost batch", "layer", "instance", "group", "RMS", "switchable", "weight")
 
 
-def run(output: Path, missing: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(example: Path, *arguments: str, missing: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """In an interpreter of its own, warnings as errors, without the libraries in `missing`."""
-    arguments = ["--skip-timing", f"--output={output}"]
     code = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({missing!r})); sys.argv[1:] = {arguments!r}; "
-        f"runpy.run_path({str(FAMILY)!r}, run_name='__main__')"
+        f"runpy.run_path({str(example)!r}, run_name='__main__')"
     )
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=1200, check=False
     )
 
 
-@pytest.fixture(scope="module")
-def family() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("family", FAMILY)
+def load(example: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(example.stem, example)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["family"] = module  # where dataclasses look for it
+    sys.modules[example.stem] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module")
+def family() -> ModuleType:
+    return load(FAMILY)
+
+
+@pytest.fixture(scope="module")
+def resnet() -> ModuleType:
+    pytest.importorskip("torch")
+    return load(RESNET)
+
+
 def test_family_draws_and_tells(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    done = run(tmp_path / "drawn.png")
+    done = run(FAMILY, "--skip-timing", f"--output={tmp_path / 'drawn.png'}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "drawn.png").stat().st_size > 50_000
@@ -52,7 +64,7 @@ def test_family_draws_and_tells(tmp_path: Path) -> None:
 
 
 def test_family_needs_no_other_library(tmp_path: Path) -> None:
-    done = run(tmp_path / "drawn.png", ("matplotlib", "rich", "torch"))
+    done = run(FAMILY, "--skip-timing", f"--output={tmp_path / 'drawn.png'}", missing=("matplotlib", "rich", "torch"))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert all(f"\n{norm} " in done.stdout for norm in NORMS)
     assert "pip install torch" in done.stdout
@@ -100,3 +112,41 @@ def test_the_cubes_are_what_the_library_does(family: ModuleType, index: int) -> 
         only[element] = 1
         dweight = of(x, v, only, only).backward(*saved)[1]
         assert np.flatnonzero(dweight).tolist() == [folds[0][1][element]]
+
+
+@pytest.mark.slow
+def test_resnet_trains_alike_in_all_forms(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    written = tmp_path / "runs.json"
+    done = run(RESNET, "--quick", f"--json={written}")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert "WRONG" not in done.stdout
+    runs = json.loads(written.read_text())
+    assert {(r["model"], r["layout"], r["dtype"]) for r in runs} == set(
+        itertools.product(("resnet50", "convnext"), ("first", "last"), ("float32", "bfloat16"))
+    )
+    for r in runs:
+        forms = ["torch.nn", "converted", *(["BatchNormAct"] if r["model"] == "resnet50" else [])]
+        assert list(r["losses"]) == list(r["ms"]) == list(r["profile_ms"]) == forms
+        assert all(min(r["profile_ms"][form][kind] for kind in ("norms", "products")) > 0 for form in forms)
+        assert all(f"\n| {form} |" in done.stdout for form in forms)
+        fused = r["profile_ms"].get("BatchNormAct")
+        assert fused is None or fused["add, ReLU"] < 0.5 * r["profile_ms"]["converted"]["add, ReLU"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet50", "convnext"])
+def test_resnet_sees_another_norm(resnet: ModuleType, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Norms with another eps are not torch.nn's."""
+    convert = resnet.fnt.convert
+
+    def with_other_eps(model: Any) -> None:
+        convert(model)
+        for module in model.modules():
+            if hasattr(module, "eps"):
+                module.eps = 1e-3
+
+    monkeypatch.setattr(resnet.fnt, "convert", with_other_eps)
+    found = resnet.train(model, "first", "float32", steps=1, count=4, size=64)
+    assert found["wrong"] == [form for form in found["losses"] if form != "torch.nn"]
