@@ -195,9 +195,9 @@ void forward_lines(const ForwardPass& pass, double* mean, double* rstd) {
 // Sums over n elements of kLines lines a `stride` apart: Σw·dy and Σw·dy·x̂ of each, and down the columns those of dy and
 // dy·x̂, which are added to u and ux from number `column` on.
 template <int kLines, class T>
-[[gnu::noinline]] void sum_lines_of(const T* dy, const T* x, int64_t n, int64_t stride, const LineAffine<Real<T>>* given,
-                                    LaneNumbers<T> weight, int64_t channel, GradSums* found, LaneNumbers<T> u,
-                                    LaneNumbers<T> ux, int64_t column) {
+[[gnu::noinline]] void sum_lines_of(const T* dy, const T* x, int64_t n, int64_t stride,
+                                    const LineAffine<Real<T>>* given, LaneNumbers<T> weight, int64_t channel,
+                                    GradSums* found, LaneNumbers<T> u, LaneNumbers<T> ux, int64_t column) {
   using R = Real<T>;
   using V = Vector<R>;
   constexpr int64_t width = Pack<T>::width;

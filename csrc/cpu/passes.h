@@ -55,8 +55,8 @@ struct PackGrad {
   static FN_INLINE PackGrad of(Lanes&& lanes) {
     PackGrad pack;
     for (int p = 0; p < Pack<T>::parts; ++p)
-      pack.part[p] = {lanes(p, &One::hi),    lanes(p, &One::rstd),      lanes(p, &One::scale),    lanes(p, &One::slope),
-                      lanes(p, &One::shift), lanes(p, &One::pre_shift)};
+      pack.part[p] = {lanes(p, &One::hi),    lanes(p, &One::rstd),  lanes(p, &One::scale),
+                      lanes(p, &One::slope), lanes(p, &One::shift), lanes(p, &One::pre_shift)};
     return pack;
   }
 };

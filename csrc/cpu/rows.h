@@ -385,8 +385,8 @@ FN_INLINE void sweep_neighbours(const T* out, int64_t count, int64_t length, con
 }
 
 template <class E, class T>
-[[gnu::noinline]] void apply_runs(const E& e, const T* x, T* y, const Runs& runs, const PackAffine<T>& given, bool streamed,
-                                  int64_t ahead) {
+[[gnu::noinline]] void apply_runs(const E& e, const T* x, T* y, const Runs& runs, const PackAffine<T>& given,
+                                  bool streamed, int64_t ahead) {
   const PackAffine<T> a = given;  // in registers: stores may alias what a reference names
   for (int64_t k = 0; k < runs.count; ++k) {
     const int64_t at = runs.offset + k * runs.stride;
