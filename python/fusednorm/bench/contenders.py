@@ -344,8 +344,8 @@ class TorchLayer(Torch):
         return lambda: aten.native_layer_norm.out(*given, out0=y, out1=mean, out2=rstd)[0]
 
 
-class TorchRms(Torch):
-    """PyTorch's RMS norm, whose weight has x's dtype: else y would be float32 beside a bfloat16 x."""
+class TorchWithoutBias(Torch):
+    """A norm that PyTorch gives a weight alone, in x's dtype."""
 
     second = False
 
@@ -354,6 +354,10 @@ class TorchRms(Torch):
 
     def arguments(self) -> tuple[Any, ...]:
         return self.x, self.weight
+
+
+class TorchRms(TorchWithoutBias):
+    """PyTorch's RMS norm, whose weight has x's dtype: else y would be float32 beside a bfloat16 x."""
 
     def function(self, *given: Any) -> Any:
         x, weight = given
@@ -427,16 +431,8 @@ class TorchGroup(Torch):
         return lambda: aten.native_group_norm_backward.out(self.dy, *saved, out0=y, out1=dweight, out2=dbias)[0]
 
 
-class TorchWeight(Torch):
+class TorchWeight(TorchWithoutBias):
     """PyTorch's weight norm, whose g has v's dtype."""
-
-    second = False
-
-    def parameter_dtype(self) -> Any:
-        return self.x.dtype
-
-    def arguments(self) -> tuple[Any, ...]:
-        return self.x, self.weight
 
     def function(self, *given: Any) -> Any:
         return self.torch._weight_norm(*given, self.case.axis)
