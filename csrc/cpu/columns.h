@@ -628,7 +628,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     fill_lanes(
         shape, turn, at.begin, at.end, own.get() + at.b * f.groups,
         [&](int64_t c, int64_t count, GradCoefficients<R>* to) {
-          pass.coefficients(at.b * f.groups + c, count, sums_only, to);
+          pass.template coefficients<E>(at.b * f.groups + c, count, sums_only, to);
         },
         [&](int64_t index, int part, int lane, const GradCoefficients<R>& one) {
           auto& to = g[index].part[part];
@@ -673,7 +673,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     write(block, coefficients.get() + b * registers, past);
   };
   const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
-    const auto g = all_lanes<PackGrad<T>>(pass.coefficients<R>(b * f.groups + c));
+    const auto g = all_lanes<PackGrad<T>>(pass.template coefficients<E>(b * f.groups + c));
     write(Block{i, 1, 1, 1}, &g, false);
   };
 

@@ -145,8 +145,8 @@ struct BackwardPass {
     }
   }
 
-  // Of `count` cells from number `cell` on. `sums_only`: without what follows from the sums.
-  template <class R>
+  // Of `count` cells from number `cell` on, for epilogue E. `sums_only`: without what follows from the sums.
+  template <class E, class R = Real<typename E::Element>>
   FN_INLINE void coefficients(int64_t cell, int64_t count, bool sums_only, GradCoefficients<R>* to) const {
     int64_t s = cell / share, left = share - cell % share, c = cell % channels;
     for (int64_t k = 0; k < count; ++s, left = share) {
@@ -161,16 +161,21 @@ struct BackwardPass {
       }
       const GradAffine<R> g = fusednorm::grad_affine<R>(mean_of(s), rstd[s], 1, x_hat, one);
       for (; left > 0 && k < count; --left, ++k) {
-        const Affine<R> a = fusednorm::affine<R>(mean_of(s), rstd[s], weight.get_or(c, 1), bias.get_or(c, 0));
-        to[k] = {g.hi, g.rstd, a.scale, g.slope, g.shift, a.shift};
+        to[k] = {g.hi, g.rstd, 0, g.slope, g.shift, 0};
+        if (E::kNeedsPre || !sums_only) {
+          const Affine<R> a =
+              fusednorm::affine<R>(mean_of(s), rstd[s], weight.get_or(c, 1), E::kNeedsPre ? bias.get_or(c, 0) : 0);
+          to[k].scale = a.scale;
+          if (E::kNeedsPre) to[k].pre_shift = a.shift;
+        }
         if (++c == channels) c = 0;
       }
     }
   }
-  template <class R>
-  FN_INLINE GradCoefficients<R> coefficients(int64_t cell, bool sums_only = false) const {
-    GradCoefficients<R> one;
-    coefficients(cell, 1, sums_only, &one);
+  template <class E>
+  FN_INLINE auto coefficients(int64_t cell, bool sums_only = false) const {
+    GradCoefficients<Real<typename E::Element>> one;
+    coefficients<E>(cell, 1, sums_only, &one);
     return one;
   }
   FN_INLINE double mean_of(int64_t s) const { return mean ? mean[s] : 0; }

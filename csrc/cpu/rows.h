@@ -309,10 +309,11 @@ template <class E, class T>
 [[gnu::noinline]] void short_grad_sums(const E& e, const T* dy, const T* x, int64_t count, int64_t length,
                                        const GradCoefficients<Real<T>>* own, GradSums* found) {
   using V = Vector<Real<T>>;
-  constexpr int lanes = kLanes<Real<T>>;
-  for (int64_t from = 0; from < count; from += lanes) {
-    const int some = count - from < lanes ? int(count - from) : lanes;
-    V sum[lanes] = {}, product[lanes] = {};
+  constexpr int lanes = kLanes<Real<T>>, most = lanes / 2;
+  for (int64_t from = 0; from < count; from += most) {
+    const int some = count - from < most ? int(count - from) : most;
+    V sums[lanes];  // the slabs' Σu, then their Σu·z
+    for (int slab = some; slab < most; ++slab) sums[slab] = sums[most + slab] = V{};
     for (int slab = 0; slab < some; ++slab) {
       const PackGrad<T> g = all_lanes<PackGrad<T>>(own[from + slab]);
       V s[2] = {}, q[2] = {};
@@ -324,11 +325,11 @@ template <class E, class T>
           q[slot] = fma(u, at.z.v[p], q[slot]);
         }
       });
-      sum[slab] = s[0] + s[1];
-      product[slab] = q[0] + q[1];
+      sums[slab] = s[0] + s[1];
+      sums[most + slab] = q[0] + q[1];
     }
-    const V all = sums_of_lanes(sum), all_products = sums_of_lanes(product);
-    for (int slab = 0; slab < some; ++slab) found[from + slab] = {double(all[slab]), double(all_products[slab])};
+    const V all = sums_of_lanes(sums);
+    for (int slab = 0; slab < some; ++slab) found[from + slab] = {double(all[slab]), double(all[most + slab])};
   }
 }
 
@@ -384,6 +385,12 @@ FN_INLINE void sweep_neighbours(const T* out, int64_t count, int64_t length, con
   }
 }
 
+// What is `ahead` elements from p; 0: nothing. Where all lies in cache, a fetch for nothing takes as long as a load.
+template <class T>
+FN_INLINE void fetch_ahead(const T* p, int64_t ahead) {
+  if (ahead != 0) prefetch(p + ahead);
+}
+
 template <class E, class T>
 [[gnu::noinline]] void apply_runs(const E& e, const T* x, T* y, const Runs& runs, const PackAffine<T>& given,
                                   bool streamed, int64_t ahead) {
@@ -391,7 +398,7 @@ template <class E, class T>
   for (int64_t k = 0; k < runs.count; ++k) {
     const int64_t at = runs.offset + k * runs.stride;
     sweep_out(y + at, runs.length, streamed, [&](int64_t j, auto there, bool past) FN_LAMBDA {
-      prefetch(x + at + j + ahead);
+      fetch_ahead(x + at + j, ahead);
       apply_pack(e, x, y, at + j, a, there, past);
     });
   }
@@ -401,32 +408,34 @@ template <class E, class T>
                                         const Affine<Real<T>>* a, bool streamed, int64_t ahead) {
   sweep_neighbours<PackAffine<T>>(y, count, length, a, streamed,
                                   [&](int64_t i, const PackAffine<T>& own, auto there, bool past) FN_LAMBDA {
-                                    prefetch(x + i + ahead);
+                                    fetch_ahead(x + i, ahead);
                                     apply_pack(e, x, y, i, own, there, past);
                                   });
 }
 
 template <bool kConstant, class E, class T>
-[[gnu::noinline]] void grad_runs(const E& e, const T* dy, const T* x, const GradOut<T>& out, const Runs& runs,
+[[gnu::noinline]] void grad_runs(const E& e, const T* dy, const T* x, const GradOut<T>& to, const Runs& runs,
                                  const PackGrad<T>& given, bool streamed, int64_t ahead) {
   const PackGrad<T> g = given;
+  const GradOut<T> out = to;
   for (int64_t k = 0; k < runs.count; ++k) {
     const int64_t at = runs.offset + k * runs.stride;
     sweep_out(out.dx + at, runs.length, streamed && out.alike(), [&](int64_t j, auto there, bool past) FN_LAMBDA {
-      prefetch(x + at + j + ahead);
-      prefetch(dy + at + j + ahead);
+      fetch_ahead(x + at + j, ahead);
+      fetch_ahead(dy + at + j, ahead);
       grad_pack<kConstant>(e, dy, x, out, at + j, g, there, past);
     });
   }
 }
 template <bool kConstant, class E, class T>
-[[gnu::noinline]] void grad_neighbours(const E& e, const T* dy, const T* x, const GradOut<T>& out, int64_t count,
+[[gnu::noinline]] void grad_neighbours(const E& e, const T* dy, const T* x, const GradOut<T>& to, int64_t count,
                                        int64_t length, const GradCoefficients<Real<T>>* g, bool streamed,
                                        int64_t ahead) {
+  const GradOut<T> out = to;
   sweep_neighbours<PackGrad<T>>(out.dx, count, length, g, streamed && out.alike(),
                                 [&](int64_t i, const PackGrad<T>& own, auto there, bool past) FN_LAMBDA {
-                                  prefetch(x + i + ahead);
-                                  prefetch(dy + i + ahead);
+                                  fetch_ahead(x + i, ahead);
+                                  fetch_ahead(dy + i, ahead);
                                   grad_pack<kConstant>(e, dy, x, out, i, own, there, past);
                                 });
 }
@@ -672,13 +681,13 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 
   const auto add = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead, GradSums& sums) {
-    add_grad_chunk(e.at(slab), dy + slab, x + slab, r, pass.coefficients<Real<T>>(s, true), ahead, sums);
+    add_grad_chunk(e.at(slab), dy + slab, x + slab, r, pass.template coefficients<E>(s, true), ahead, sums);
   };
   const bool backwards =
       pass.found && share > 1 && tiles == 1 && !plan.neighbours;  // from cell to cell: the last is still in cache
   const auto sum_short = [&](int64_t first, int64_t count, int64_t slab, GradSums* found) {
     GradCoefficients<Real<T>> own[kMaxBlock];
-    pass.coefficients(first, count, true, own);
+    pass.template coefficients<E>(first, count, true, own);
     short_grad_sums(e.at(slab), dy + slab, x + slab, count, f.inner, own, found);
   };
   const auto write_runs = [&](int64_t slab, const Runs& r, const PackGrad<T>& g, bool corrected) {
@@ -691,7 +700,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const bool cut = pass.mask && !pass.constant;
   const auto write_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
-    const auto g = all_lanes<PackGrad<T>>(pass.coefficients<Real<T>>(s));
+    const auto g = all_lanes<PackGrad<T>>(pass.template coefficients<E>(s));
     tree.segments(tile, [&](const Runs& r) {
       if (!cut) return write_runs(slab, r, g, !pass.constant);
       counted_runs(pass.mask, f, s, r, [&](const Runs& some, bool counted) { write_runs(slab, some, g, counted); });
@@ -700,7 +709,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const int64_t next = tree.one_run() ? 0 : -row;  // what is written after this
   const auto write_block = [&](const RowBlock& block) {
     GradCoefficients<Real<T>> g[kMaxBlock];
-    pass.coefficients(block.first, block.count, false, g);
+    pass.template coefficients<E>(block.first, block.count, false, g);
     for (int64_t o = f.outer; o-- > 0;) {
       const int64_t start = block.offset + o * row;
       if (pass.constant)
