@@ -1,8 +1,11 @@
 // Columns: memory in which neighbours belong to different statistics and channels (channels last, (N, C)).
 //
 // A batch entry is a matrix of `outer` rows and `groups` columns. It is cut, by its shape alone, into tiles of rows
-// (the unit of work), panels of columns (1 KB of a row) and chunks (a few rows of a panel, float32 sums), and each
-// column of a chunk is taken into its tile's moments, vectorized over the columns.
+// (the unit of work), panels of columns and chunks (up to 128 rows of a panel, float32 sums), and each column of a chunk
+// is taken into its tile's moments, vectorized over the columns.
+//
+// Panels are wide, for memory to be read in its order, and narrow where tiles alone are too few for the threads there
+// may be.
 //
 // Few or odd columns are seen as more: the matrix is contiguous, so `repeat` rows of it are one row of repeat·groups
 // columns, as wide as whole registers want it. The copies of a column are merged at the end; the rows that are left
@@ -18,18 +21,22 @@
 namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
-constexpr int kPanelBytes = 1024;  // of one row
-constexpr int64_t kChunkElements = 32768, kTileElements = 262144, kMaxTiles = 128;
+constexpr int64_t kPanel = 1024;  // columns
+template <class T>
+constexpr int64_t kNarrowPanel = 1024 / int64_t(sizeof(T));
+constexpr int64_t kChunkRows = 128, kTileElements = 262144, kManyTiles = 8, kMaxTiles = 128;
 constexpr int64_t kTurnFrom = 1 << 18;  // bytes of a tensor from which its misalignment is worth a turn
-constexpr int64_t kAheadRows = 16;      // that a sweep of sums fetches ahead
-constexpr int kSumStep = 4;             // rows that share one load of a column's accumulators
 
 template <class T>
-constexpr int kPanel = kPanelBytes / int(sizeof(T));  // columns
-template <class T>
-constexpr int kPanelVectors = kPanel<T> / Pack<T>::width * Pack<T>::parts;
+constexpr int64_t kPanelVectors = kPanel / Pack<T>::width * Pack<T>::parts;
 template <class R>
 constexpr int kWide = sizeof(R) == 8 ? 1 : 2;  // float64 vectors that a vector of R becomes
+
+// Vectors that hold so many columns.
+template <class T>
+FN_INLINE int64_t vectors_of(int64_t columns) {
+  return (columns + Pack<T>::width - 1) / Pack<T>::width * Pack<T>::parts;
+}
 
 FN_INLINE void widen(D v, D* wide) { wide[0] = v; }
 FN_INLINE void widen(F v, D* wide) { widen(v, wide[0], wide[1]); }
@@ -47,23 +54,22 @@ struct Block {
 
 template <class T>
 struct ColumnShape {
-  int64_t groups, outer, repeat, columns, rows, rest, panels, chunk_rows, tile_rows, tiles;
+  int64_t groups, outer, repeat, columns, rows, rest, tile_rows, tiles, panel, panels;
 
   // A row that a mask may leave out is a row of its own.
   ColumnShape(const Fold& f, bool masked) : groups(f.groups), outer(f.outer), repeat(1) {
     constexpr int64_t width = Pack<T>::width;
-    while (!masked && (repeat * groups % width != 0 || repeat * groups < kPanel<float>) && groups < 1024 &&
+    while (!masked && (repeat * groups % width != 0 || repeat * groups < kNarrowPanel<float>) && groups < 1024 &&
            repeat < width * 2 && outer >= 16 * repeat)
       repeat *= 2;
     columns = repeat * groups;
     rows = outer / repeat;
     rest = outer % repeat;
-    panels = (columns + kPanel<T> - 1) / kPanel<T>;
-    chunk_rows = kChunkElements / (panels > 1 ? kPanel<T> : columns) / kSumStep * kSumStep;
-    chunk_rows = chunk_rows > 128 ? 128 : chunk_rows < 4 * kSumStep ? 4 * kSumStep : chunk_rows;
-    const int64_t wanted = kTileElements / columns + 1, least = (rows + kMaxTiles - 1) / kMaxTiles;
-    tile_rows = ((wanted > least ? wanted : least) + chunk_rows - 1) / chunk_rows * chunk_rows;
+    const int64_t wanted = kTileElements / columns, least = (rows + kMaxTiles - 1) / kMaxTiles;
+    tile_rows = ((wanted > least ? wanted : least) + kChunkRows - 1) / kChunkRows * kChunkRows;
     tiles = (rows + tile_rows - 1) / tile_rows;
+    panel = f.batch * tiles < kManyTiles ? kNarrowPanel<T> : kPanel;
+    panels = (columns + panel - 1) / panel;
   }
   int64_t all_tiles() const { return tiles + (rest > 0); }
   int64_t registers() const { return (columns + Pack<T>::width - 1) / Pack<T>::width; }
@@ -74,15 +80,15 @@ struct ColumnShape {
     return rows - tile * tile_rows < tile_rows ? rows - tile * tile_rows : tile_rows;
   }
   // No columns where a panel lies beyond the narrow tile.
-  Block block(int64_t b, int64_t tile, int64_t panel) const {
-    const int64_t wide = tile == tiles ? groups : columns, left = wide - panel * kPanel<T>;
-    return {b * outer * groups + tile * tile_rows * columns * (tile < tiles) + rows * columns * (tile == tiles) +
-                panel * kPanel<T>,
-            tile_height(tile),
-            left < 0           ? 0
-            : left < kPanel<T> ? left
-                               : kPanel<T>,
-            wide};
+  Block block(int64_t b, int64_t tile, int64_t i) const {
+    const int64_t wide = tile == tiles ? groups : columns, left = wide - i * panel;
+    return {
+        b * outer * groups + tile * tile_rows * columns * (tile < tiles) + rows * columns * (tile == tiles) + i * panel,
+        tile_height(tile),
+        left < 0       ? 0
+        : left < panel ? left
+                       : panel,
+        wide};
   }
 };
 
@@ -94,20 +100,24 @@ FN_INLINE void across(int64_t columns, Step&& step) {
   for (; j + width <= columns; j += width, ++index) step(j, index, Whole{});
   if (j < columns) step(j, index, Part{int(columns - j)});
 }
-// Calls step(row, column, register index, There, rows in this step as a constant) over a block, kStep rows at a time.
-template <int kRows>
-struct RowsNow {
-  static constexpr int value = kRows;
+// Rows `first`, first + apart, … of a block, as many as is known to the compiler.
+template <int kCount>
+struct Rows {
+  static constexpr int count = kCount;
+  int64_t first, apart;
 };
-template <class T, int kStep, class Step>
+// Calls step(Rows, column, register index, Whole or Part) over a block: one row of each quarter at a time, which share a
+// load of their columns' sums. Rows that are neighbours would do as well, but then nothing is read in the order of
+// memory, and the hardware fetches little of it ahead: sums took up to twice as long.
+template <class T, class Step>
 FN_INLINE void down(const Block& block, Step&& step) {
-  int64_t r = 0;
-  for (; r + kStep <= block.rows; r += kStep)
+  const int64_t quarter = block.rows / 4;
+  for (int64_t r = 0; r < quarter; ++r)
     across<T>(block.columns,
-              [&](int64_t j, int64_t index, auto there) FN_LAMBDA { step(r, j, index, there, RowsNow<kStep>{}); });
-  for (; r < block.rows; ++r)
+              [&](int64_t j, int64_t index, auto there) FN_LAMBDA { step(Rows<4>{r, quarter}, j, index, there); });
+  for (int64_t r = 4 * quarter; r < block.rows; ++r)
     across<T>(block.columns,
-              [&](int64_t j, int64_t index, auto there) FN_LAMBDA { step(r, j, index, there, RowsNow<1>{}); });
+              [&](int64_t j, int64_t index, auto there) FN_LAMBDA { step(Rows<1>{r, 0}, j, index, there); });
 }
 
 // Float64 moments of a tile's columns, taken in chunk by chunk (core/moments.h says why no digit is lost).
@@ -115,22 +125,30 @@ template <class T>
 struct PanelMoments {
   static constexpr int wide = kWide<Real<T>>;
   double n = 0;
-  D mean[kPanelVectors<T> * wide] = {}, m2[kPanelVectors<T> * wide] = {};
+  D mean[kPanelVectors<T> * wide], m2[kPanelVectors<T> * wide];
+
+  explicit PanelMoments(int64_t columns) {
+    for (int64_t i = 0; i < vectors_of<T>(columns) * wide; ++i) mean[i] = m2[i] = D{};
+  }
 };
 
 template <class T>
 struct PanelSums {
-  Vector<Real<T>> v[kPanelVectors<T>] = {};
+  Vector<Real<T>> v[kPanelVectors<T>];
+
+  explicit PanelSums(int64_t columns) {
+    for (int64_t i = 0; i < vectors_of<T>(columns); ++i) v[i] = Vector<Real<T>>{};
+  }
 };
 
 template <class T>
 FN_INLINE void sum_columns(const T* base, const Block& block, PanelSums<T>& sum) {
   constexpr int parts = Pack<T>::parts;
-  down<T, kSumStep>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
+  down<T>(block, [&](auto rows, int64_t j, int64_t index, auto there) FN_LAMBDA {
     Vector<Real<T>> s[parts] = {};
 #pragma GCC unroll 8
-    for (int k = 0; k < now.value; ++k) {
-      const Lanes<T> v = load(base + (r + k) * block.stride + j, there);
+    for (int k = 0; k < rows.count; ++k) {
+      const Lanes<T> v = load(base + (rows.first + k * rows.apart) * block.stride + j, there);
       for (int part = 0; part < parts; ++part) s[part] += v.v[part];
     }
     for (int part = 0; part < parts; ++part) sum.v[index * parts + part] += s[part];
@@ -142,7 +160,7 @@ template <class T>
 [[gnu::noinline]] void mend_columns(const T* base, const Block& block, bool center, const PanelSums<T>& sum,
                                     const PanelSums<T>& squares, const PanelMoments<T>& before, PanelMoments<T>& tile) {
   constexpr int lanes = kLanes<Real<T>>;
-  for (int64_t v = 0; v < kPanelVectors<T>; ++v)
+  for (int64_t v = 0; v < vectors_of<T>(block.columns); ++v)
     for (int lane = 0; lane < lanes; ++lane) {
       const int64_t column = v / Pack<T>::parts * Pack<T>::width + Pack<T>::order(int(v % Pack<T>::parts), lane);
       if (column >= block.columns || !out_of_range<T>(sum.v[v][lane], squares.v[v][lane])) continue;
@@ -162,7 +180,7 @@ FN_INLINE void mark_underflow(const T* base, const Block& block, const PanelSums
   using R = Real<T>;
   if constexpr (sizeof(R) == 4) {
     constexpr int parts = Pack<T>::parts;
-    MaskOf<R> nothing[kPanelVectors<T>] = {}, some{};
+    MaskOf<R> nothing[kPanelVectors<T>], some{};
     across<T>(block.columns, [&](int64_t, int64_t index, auto there) FN_LAMBDA {
       for (int part = 0; part < parts; ++part) {
         const int64_t i = index * parts + part;
@@ -173,13 +191,17 @@ FN_INLINE void mark_underflow(const T* base, const Block& block, const PanelSums
       }
     });
     if (!any(some)) return;
-    MaskOf<R> differs[kPanelVectors<T>] = {};
-    down<T, 1>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto) FN_LAMBDA {
-      const Lanes<T> v = load(base + r * block.stride + j, there);
-      for (int part = 0; part < parts; ++part)
-        differs[index * parts + part] |= v.v[part] != pivot.v[index * parts + part];
+    const int64_t vectors = vectors_of<T>(block.columns);
+    MaskOf<R> differs[kPanelVectors<T>];
+    for (int64_t i = 0; i < vectors; ++i) differs[i] = MaskOf<R>{};
+    down<T>(block, [&](auto rows, int64_t j, int64_t index, auto there) FN_LAMBDA {
+      for (int k = 0; k < rows.count; ++k) {
+        const Lanes<T> v = load(base + (rows.first + k * rows.apart) * block.stride + j, there);
+        for (int part = 0; part < parts; ++part)
+          differs[index * parts + part] |= v.v[part] != pivot.v[index * parts + part];
+      }
     });
-    for (int i = 0; i < kPanelVectors<T>; ++i) {
+    for (int64_t i = 0; i < vectors; ++i) {
       const MaskOf<R> underflown = nothing[i] & differs[i];
       suspect |= underflown;
       squares.v[i] = Math::select(underflown, Vector<R>{} + __builtin_nanf(""), squares.v[i]);
@@ -187,9 +209,8 @@ FN_INLINE void mark_underflow(const T* base, const Block& block, const PanelSums
   }
 }
 
-// `ahead`: elements to what is read next.
 template <class T>
-[[gnu::noinline]] void add_chunk(const T* x, const Block& block, bool center, int64_t ahead, PanelMoments<T>& tile) {
+[[gnu::noinline]] void add_chunk(const T* x, const Block& block, bool center, PanelMoments<T>& tile) {
   using R = Real<T>;
   using V = Vector<R>;
   constexpr int parts = Pack<T>::parts, wide = kWide<R>;
@@ -197,19 +218,19 @@ template <class T>
   const double k = double(block.rows), total = tile.n + k;
   const bool first = tile.n < k;
 
-  PanelSums<T> pivot, sum, squares;
+  const int64_t vectors = vectors_of<T>(block.columns);
+  PanelSums<T> pivot(block.columns), sum(block.columns), squares(block.columns);
   if (center && first) {  // the chunk's own means
     sum_columns(base, block, pivot);
-    for (V& v : pivot.v) v *= R(1) / R(block.rows);
+    for (int64_t i = 0; i < vectors; ++i) pivot.v[i] *= R(1) / R(block.rows);
   } else if (center) {  // the means so far
-    for (int i = 0; i < kPanelVectors<T>; ++i) pivot.v[i] = narrow(tile.mean + i * wide, V{});
+    for (int64_t i = 0; i < vectors; ++i) pivot.v[i] = narrow(tile.mean + i * wide, V{});
   }
-  down<T, kSumStep>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
+  down<T>(block, [&](auto rows, int64_t j, int64_t index, auto there) FN_LAMBDA {
     V s[parts] = {}, q[parts] = {};
-    const T* p = base + r * block.stride + j;
+    const T* p = base + rows.first * block.stride + j;
 #pragma GCC unroll 8
-    for (int k = 0; k < now.value; ++k, p += block.stride) {
-      prefetch(p + ahead);
+    for (int k = 0; k < rows.count; ++k, p += rows.apart * block.stride) {
       const Lanes<T> v = load(p, there);
       for (int part = 0; part < parts; ++part) {
         const V d = v.v[part] - pivot.v[index * parts + part];
@@ -224,7 +245,7 @@ template <class T>
   });
 
   MaskOf<R> suspect{};  // out_of_range, for all columns at once
-  for (int i = 0; i < kPanelVectors<T>; ++i) {
+  for (int64_t i = 0; i < vectors; ++i) {
     const V s = sum.v[i], q = squares.v[i];
     if constexpr (sizeof(R) == 8)
       suspect |= ~(q < 1e300);
@@ -233,7 +254,7 @@ template <class T>
   }
   mark_underflow(base, block, pivot, sum, squares, suspect);
   const bool mend = any(suspect);
-  PanelMoments<T> before;
+  PanelMoments<T> before(0);
   if (mend) before = tile;
 
   // Moments::add, with the same counts for all columns; the first chunk is taken around its own mean.
@@ -316,22 +337,25 @@ template <bool kStream, class E, class T>
 
 template <class T>
 struct PanelGradSums {
-  D u[kPanelVectors<T> * kWide<Real<T>>] = {}, uz[kPanelVectors<T> * kWide<Real<T>>] = {};
+  static constexpr int wide = kWide<Real<T>>;
+  D u[kPanelVectors<T> * wide], uz[kPanelVectors<T> * wide];
+
+  explicit PanelGradSums(int64_t columns) {
+    for (int64_t i = 0; i < vectors_of<T>(columns) * wide; ++i) u[i] = uz[i] = D{};
+  }
 };
 
 template <class E, class T>
 [[gnu::noinline]] void add_grad_chunk(const E& e, const T* dy, const T* x, const Block& block, const PackGrad<T>* g,
-                                      int64_t ahead, PanelGradSums<T>& tile) {
+                                      PanelGradSums<T>& tile) {
   using V = typename E::V;
   constexpr int parts = Pack<T>::parts, wide = kWide<Real<T>>;
-  PanelSums<T> sum, product;
-  down<T, kSumStep>(block, [&](int64_t r, int64_t j, int64_t index, auto there, auto now) FN_LAMBDA {
+  PanelSums<T> sum(block.columns), product(block.columns);
+  down<T>(block, [&](auto rows, int64_t j, int64_t index, auto there) FN_LAMBDA {
     V s[parts] = {}, q[parts] = {};
-    int64_t i = block.offset + r * block.stride + j;
+    int64_t i = block.offset + rows.first * block.stride + j;
 #pragma GCC unroll 4
-    for (int k = 0; k < now.value; ++k, i += block.stride) {
-      prefetch(x + i + ahead);
-      prefetch(dy + i + ahead);
+    for (int k = 0; k < rows.count; ++k, i += rows.apart * block.stride) {
       const GradPack<T> at = load_grad_pack(e, dy, x, i, g[index], there);
       for (int part = 0; part < parts; ++part) {
         s[part] += at.u.v[part];
@@ -380,11 +404,13 @@ struct Writes {
   bool turned, streamed;
   int64_t size, rows_each, tasks_each;
 
-  // `own_rows`: rows must begin where the tensor's do. `alike`: what else is written is aligned as `out` is.
-  Writes(const ColumnShape<T>& s, int64_t batch, const T* out_, bool own_rows, bool alike) : shape(s), out(out_) {
+  // `read`: how many tensors are. `own_rows`: rows must begin where the tensor's do. `alike`: what else is written is
+  // aligned as `out` is.
+  Writes(const ColumnShape<T>& s, int64_t batch, const T* out_, int64_t read, bool own_rows, bool alike)
+      : shape(s), out(out_) {
     const int64_t bytes = batch * s.outer * s.groups * int64_t(sizeof(T));
     turned = !own_rows && bytes >= kTurnFrom;
-    streamed = turned && alike && bytes >= kStreamBytes;
+    streamed = turned && alike && is_streamed(bytes, read);
     size = s.outer * s.groups;
     rows_each = kWriteElements / s.columns > 0 ? kWriteElements / s.columns : 1;
     tasks_each = (size / s.columns + rows_each - 1) / rows_each + 1;  // the last one: what is no whole row
@@ -423,14 +449,14 @@ FN_INLINE void counted_rows(const uint8_t* mask, const Block& block, Call&& call
   });
 }
 
-// A block's chunks: call(chunk, elements ahead to fetch). None is longer than what came before it, so that only the first
-// is swept for a mean of its own (core/moments.h).
-template <class T, class Call>
-FN_INLINE void chunks_of(const Block& block, int64_t chunk_rows, Call&& call) {
+// A block's chunks. None is longer than what came before it, so that only the first is swept for a mean of its own
+// (core/moments.h).
+template <class Call>
+FN_INLINE void chunks_of(const Block& block, Call&& call) {
   for (int64_t r = 0, rows; r < block.rows; r += rows) {
-    rows = r == 0 ? chunk_rows / 4 : r < chunk_rows ? r : chunk_rows;
+    rows = r == 0 ? kChunkRows / 4 : r < kChunkRows ? r : kChunkRows;
     if (rows > block.rows - r) rows = block.rows - r;
-    call(Block{block.offset + r * block.stride, rows, block.columns, block.stride}, kAheadRows * block.stride);
+    call(Block{block.offset + r * block.stride, rows, block.columns, block.stride});
   }
 }
 
@@ -463,8 +489,8 @@ struct ColumnTasks {
   };
   Settle settle(int64_t i) const {
     if (!by_panel) return {i, 0, shape.columns};
-    const int64_t panel = i % settles_each, end = panel * kPanel<T> + kPanel<T>;
-    return {i / settles_each, panel * kPanel<T>, end < shape.columns ? end : shape.columns};
+    const int64_t begin = i % settles_each * shape.panel, end = begin + shape.panel;
+    return {i / settles_each, begin, end < shape.columns ? end : shape.columns};
   }
 };
 
@@ -511,7 +537,7 @@ void forward_columns(const E& e, const ForwardPass& pass) {
   const int64_t tiles = shape.all_tiles(), registers = shape.registers();
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
-  const Writes<T> writes(shape, f.batch, y, false, true);
+  const Writes<T> writes(shape, f.batch, y, 1, false, true);
   const int64_t sums = pass.takes_statistics() ? f.batch * tiles * shape.columns : 0;
   Scratch<double> part_n(pass.takes_statistics() ? f.batch * tiles : 0), part_mean(sums), part_m2(sums);
   Scratch<PackAffine<T>> coefficients(y ? f.batch * registers : 0);
@@ -580,14 +606,14 @@ void forward_columns(const E& e, const ForwardPass& pass) {
   const auto sum_block = [&](int64_t i) {
     const auto at = tasks.at(i);
     if (at.block.columns == 0) return;
-    PanelMoments<T> m;
-    chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
+    PanelMoments<T> m(at.block.columns);
+    chunks_of(at.block, [&](const Block& chunk) {
       counted_rows(pass.mask, chunk, [&](const Block& rows, bool counted) {
-        if (counted) add_chunk(x, rows, pass.center, ahead, m);
+        if (counted) add_chunk(x, rows, pass.center, m);
       });
     });
     if (at.panel == 0) part_n[at.b * tiles + at.tile] = m.n;
-    const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
+    const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * shape.panel;
     to_columns<T>(m.mean, at.block.columns, part_mean.get() + to);
     to_columns<T>(m.m2, at.block.columns, part_m2.get() + to);
   };
@@ -616,7 +642,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
   // Coefficients that do not wait for the sums: dx follows while the chunk is in cache.
   const bool known = pass.constant || pass.cx || pass.c0, at_once = pass.found && out.dx && known;
   const bool own_rows = at_once || pass.mask;  // rows begin where the tensor's do
-  const Writes<T> writes(shape, f.batch, out.dx, own_rows, out.alike());
+  const Writes<T> writes(shape, f.batch, out.dx, 2, own_rows, out.alike());
   const int64_t sums = pass.found ? f.batch * tiles * shape.columns : 0;
   Scratch<double> part_u(sums), part_uz(sums);
   Scratch<PackGrad<T>> sum_coefficients(pass.found ? f.batch * registers : 0),
@@ -680,13 +706,13 @@ void backward_columns(const E& e, const BackwardPass& pass) {
   const auto sum_block = [&](int64_t i) {
     const auto at = tasks.at(i);
     if (at.block.columns == 0) return;
-    const PackGrad<T>* g = sum_coefficients.get() + at.b * registers + at.panel * kPanel<T> / Pack<T>::width;
-    PanelGradSums<T> panel;
-    chunks_of<T>(at.block, shape.chunk_rows, [&](const Block& chunk, int64_t ahead) {
-      add_grad_chunk(e, dy, x, chunk, g, ahead, panel);
+    const PackGrad<T>* g = sum_coefficients.get() + at.b * registers + at.panel * shape.panel / Pack<T>::width;
+    PanelGradSums<T> panel(at.block.columns);
+    chunks_of(at.block, [&](const Block& chunk) {
+      add_grad_chunk(e, dy, x, chunk, g, panel);
       if (at_once) write(chunk, g, false);
     });
-    const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * kPanel<T>;
+    const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * shape.panel;
     to_columns<T>(panel.u, at.block.columns, part_u.get() + to);
     to_columns<T>(panel.uz, at.block.columns, part_uz.get() + to);
   };

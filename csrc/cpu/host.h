@@ -15,7 +15,9 @@ void set_threads(int n);
 void* scratch_allocate(size_t bytes);
 void scratch_free(void* memory) noexcept;
 
-// From this many bytes of output on, results are streamed past the caches: nobody finds them there afterwards.
-constexpr int64_t kStreamBytes = 16 << 20;
+// Whether results are streamed past the caches: where they, and what `read` tensors of as many bytes bring in, would
+// push each other out of the last one.
+constexpr int64_t kStreamBytes = 32 << 20;
+constexpr bool is_streamed(int64_t bytes, int64_t read) { return bytes * (read + 1) >= kStreamBytes; }
 
 }  // namespace fusednorm::cpu

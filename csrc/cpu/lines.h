@@ -145,7 +145,7 @@ void forward_lines(const ForwardPass& pass, double* mean, double* rstd) {
   const RowTree tree(f);
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
-  const bool is_affine = y && (pass.weight || pass.bias), streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes;
+  const bool is_affine = y && (pass.weight || pass.bias), streamed = is_streamed(f.size() * int64_t(sizeof(T)), 1);
   const int64_t lines = f.statistics(), each = kLineTaskElements / f.inner + 1, tasks = (lines + each - 1) / each;
   const int64_t channels = is_affine ? f.channels() : 0;
   const OwnLaneNumbers<T> weight(pass.weight, channels, 1), bias(pass.bias, channels, 0);
@@ -267,7 +267,7 @@ void backward_lines(const BackwardPass& pass, Array dweight, Array dbias) {
   const int64_t channels = f.channels(), row = f.groups * f.inner;
   const T *dy = pass.dy.template as<const T>(), *x = pass.x.template as<const T>();
   T* dx = pass.dx.template as<T>();
-  const bool streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes;
+  const bool streamed = is_streamed(f.size() * int64_t(sizeof(T)), 2);
   const OwnLaneNumbers<T> own_weight(pass.weight, channels, 1);
   const LaneNumbers<T> weight = own_weight.view();
   const int64_t columns = f.groups * shape.panel, numbers = LaneNumbers<T>::size(columns);

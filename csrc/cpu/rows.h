@@ -450,7 +450,7 @@ struct RowPlan {
   // `share`: slabs that make a statistic; `tensors`: how many are read.
   RowPlan(const Fold& f, int64_t share, int64_t item, int64_t tensors, bool stores) {
     const int64_t slabs = f.statistics();
-    streamed = stores && f.size() * item >= kStreamBytes;
+    streamed = stores && is_streamed(f.size() * item, tensors);
     const int64_t run = f.span * item;
     const bool contiguous = f.outer == 1 && run < kNeighbourBytes;  // one after the other, as memory lies
     neighbours = stores && (contiguous || (run < kShortRunBytes && f.size() * item >= kNeighboursFrom));
@@ -565,7 +565,7 @@ void normalize_rows(const E& e, const ForwardPass& pass) {
   const Fold f = pass.fold.cells();
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
-  const bool streamed = f.size() * int64_t(sizeof(T)) >= kStreamBytes;
+  const bool streamed = is_streamed(f.size() * int64_t(sizeof(T)), 1);
   // A task: some neighbours, or a piece of one run.
   int64_t neighbours = kWriteElements / f.inner;
   neighbours = neighbours < 1 ? 1 : neighbours > f.groups ? f.groups : neighbours;
