@@ -24,7 +24,9 @@ namespace {
 constexpr int64_t kPanel = 1024;  // columns
 template <class T>
 constexpr int64_t kNarrowPanel = 1024 / int64_t(sizeof(T));
-constexpr int64_t kChunkRows = 128, kTileElements = 262144, kManyTiles = 8, kMaxTiles = 128;
+constexpr int64_t kChunkRows = 128;
+// Tiles of about so many elements: small ones where else there were few, for more threads to have one.
+constexpr int64_t kSmallTileElements = 65536, kTileElements = 262144, kManyTiles = 8, kMaxTiles = 128;
 constexpr int64_t kTurnFrom = 1 << 18;  // bytes of a tensor from which its misalignment is worth a turn
 
 template <class T>
@@ -65,8 +67,14 @@ struct ColumnShape {
     columns = repeat * groups;
     rows = outer / repeat;
     rest = outer % repeat;
-    const int64_t wanted = kTileElements / columns, least = (rows + kMaxTiles - 1) / kMaxTiles;
-    tile_rows = ((wanted > least ? wanted : least) + kChunkRows - 1) / kChunkRows * kChunkRows;
+    const int64_t size = rows * columns;
+    const bool few = size < kManyTiles * kTileElements;
+    tiles = few ? size / kSmallTileElements : (size / kTileElements / kManyTiles + 1) * kManyTiles;
+    const int64_t most = few ? kManyTiles : kMaxTiles, high = rows / kChunkRows;
+    if (tiles > most) tiles = most;
+    if (tiles > high) tiles = high;
+    if (tiles < 1) tiles = 1;
+    tile_rows = ((rows + tiles - 1) / tiles + 3) / 4 * 4;
     tiles = (rows + tile_rows - 1) / tile_rows;
     panel = f.batch * tiles < kManyTiles ? kNarrowPanel<T> : kPanel;
     panels = (columns + panel - 1) / panel;
@@ -422,11 +430,10 @@ struct Writes {
   bool past(int64_t b) const {
     return streamed && to_alignment(out + b * size + head(b)) == 0 && shape.columns % Pack<T>::width == 0;
   }
-  // Backwards within a batch entry: what was read last is still in cache. block(b, Block, streamed?), element(b, index,
-  // channel).
+  // block(b, Block, streamed?), element(b, index, channel).
   template <class BlockCall, class ElementCall>
   FN_INLINE void each(int64_t i, BlockCall&& block, ElementCall&& element) const {
-    const int64_t b = i / tasks_each, task = tasks_each - 1 - i % tasks_each, start = b * size;
+    const int64_t b = i / tasks_each, task = i % tasks_each, start = b * size;
     const int64_t before = head(b), rows = (size - before) / shape.columns, first = task * rows_each,
                   left = rows - first;
     if (task < tasks_each - 1) {
@@ -504,6 +511,10 @@ struct EntryTasks {
   FN_INLINE void each(int64_t tasks, Task&& task) const {
     for (int64_t i = entry * tasks; i < entry * tasks + tasks; ++i) task(i);
   }
+  template <class Task>
+  FN_INLINE void each_backwards(int64_t tasks, Task&& task) const {
+    for (int64_t i = entry * tasks + tasks; i-- > entry * tasks;) task(i);
+  }
 };
 struct SharedTasks {
   const Team& team;
@@ -512,6 +523,10 @@ struct SharedTasks {
   template <class Task>
   FN_INLINE void each(int64_t tasks, Task&& task) const {
     team.each(entries * tasks, task);
+  }
+  template <class Task>
+  FN_INLINE void each_backwards(int64_t tasks, Task&& task) const {
+    team.each_backwards(entries * tasks, task);
   }
 };
 template <class Body>
@@ -625,7 +640,7 @@ void forward_columns(const E& e, const ForwardPass& pass) {
     }
     if (!y) return;
     team.each(tasks.settles_each, [&](int64_t i) { settle_affine(tasks.settle(i)); });
-    team.each(writes.tasks_each, [&](int64_t i) { writes.each(i, write_block, write_element); });
+    team.each_backwards(writes.tasks_each, [&](int64_t i) { writes.each(i, write_block, write_element); });
   });
 }
 
@@ -728,7 +743,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
       const auto at = tasks.settle(i);
       settle(coefficients.get(), at, writes.head(at.b), false);
     });
-    team.each(writes.tasks_each, [&](int64_t i) { writes.each(i, write_block, write_element); });
+    team.each_backwards(writes.tasks_each, [&](int64_t i) { writes.each(i, write_block, write_element); });
   });
 }
 

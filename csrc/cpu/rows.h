@@ -660,11 +660,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
                                   [&](const Runs& r, int64_t ahead, Moments& m) { add(i / tiles, slab, r, ahead, m); });
     });
     team.each(slabs, [&](int64_t s) { pass.found[s] = sum_of(part.get() + s * tiles, tiles); });
-    if (y)
-      team.each(slabs * tiles, [&](int64_t i) {
-        const int64_t j = slabs * tiles - 1 - i;
-        apply_tile(j / tiles, j % tiles);
-      });
+    if (y) team.each_backwards(slabs * tiles, [&](int64_t i) { apply_tile(i / tiles, i % tiles); });
     stream_fence();
   });
 }
@@ -771,11 +767,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
         pass.template sum_cells<Real<T>>(s, 1);
       });
     }
-    if (out.dx && !at_once)
-      team.each(slabs * tiles, [&](int64_t i) {
-        const int64_t j = slabs * tiles - 1 - i;
-        write_tile(j / tiles, j % tiles);
-      });
+    if (out.dx && !at_once) team.each_backwards(slabs * tiles, [&](int64_t i) { write_tile(i / tiles, i % tiles); });
     stream_fence();
   });
 }

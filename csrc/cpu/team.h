@@ -30,17 +30,28 @@ struct Team {
   // time, since cores that take turns at a counter, and at the results of neighbouring tasks, wait for each other.
   template <class Task>
   FN_INLINE void each(int64_t tasks, Task&& task) const {
+    share<false>(tasks, task);
+  }
+  // The same tasks to the same members, what came last there first.
+  template <class Task>
+  FN_INLINE void each_backwards(int64_t tasks, Task&& task) const {
+    share<true>(tasks, task);
+  }
+
+ private:
+  template <bool kBackwards, class Task>
+  FN_INLINE void share(int64_t tasks, Task&& task) const {
+    int64_t own = tasks;
 #if defined(_OPENMP)
-    if (size > 1) {
-      const int64_t own = (tasks < 8 * size ? tasks : tasks * 3 / 4) / size;
-      const int64_t some = tasks / (32 * size) > 0 ? tasks / (32 * size) : 1;
-      for (int64_t i = rank * own; i < rank * own + own; ++i) task(i);
-#pragma omp for schedule(dynamic, some)
-      for (int64_t i = own * size; i < tasks; ++i) task(i);
-      return;
-    }
+    if (size > 1) own = (tasks < 8 * size ? tasks : tasks * 3 / 4) / size;
 #endif
-    for (int64_t i = 0; i < tasks; ++i) task(i);
+    for (int64_t i = 0; i < own; ++i) task(rank * own + (kBackwards ? own - 1 - i : i));
+#if defined(_OPENMP)
+    if (size == 1) return;
+    const int64_t some = tasks / (32 * size) > 0 ? tasks / (32 * size) : 1, left = tasks - own * size;
+#pragma omp for schedule(dynamic, some)
+    for (int64_t i = 0; i < left; ++i) task(kBackwards ? tasks - 1 - i : own * size + i);
+#endif
   }
 };
 
