@@ -1,9 +1,10 @@
 """Whole networks in training: ResNet-50 and ConvNeXt-T with torch.nn's norms, with these, and, for ResNet-50, with
-those that take the residual addition and ReLU along. `python examples/resnet.py` takes minutes, with --quick less than
-one.
+those that take the residual addition and ReLU along. `python examples/resnet.py` takes many minutes, with --quick two.
 
 Forms start from the same weights, get the same images, and take their steps in turn, so that a slow moment of the
-machine hits all of them. bfloat16 is torch.autocast's.
+machine hits all of them. Each is in a process of its own, as a training is: what a step costs depends much on whether
+the C library finds memory for its results in the heap or maps it anew, and models that share a heap change that for
+each other. bfloat16 is torch.autocast's.
 
 **The check.** Two norms that are both right round differently: each result to half a unit in the last place, so that
 the two lie within one relative eps of each other. What a training makes of such differences is measured beside the
@@ -18,11 +19,13 @@ rounding, is the tolerance for the loss of a form.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -162,18 +165,16 @@ class Rounding:
 
 @dataclass
 class Form:
-    """A model in training: what it was, and what its steps took."""
+    """A model in training."""
 
     model: nn.Module
     dtype: torch.dtype
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)  # as a warm-up begins
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The logits, in float32."""
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, Any]:
+        """The logits, in float32, the loss, and the seconds that it took."""
         start = perf_counter()
         self.optimizer.zero_grad()
         with (
@@ -185,27 +186,59 @@ class Form:
         with record_function("backward"):
             loss.backward()
         self.optimizer.step()
-        self.seconds.append(perf_counter() - start)
-        self.losses.append(loss.item())
-        return logits.detach()
+        seconds = perf_counter() - start
+        return {"logits": logits.tolist(), "loss": loss.item(), "seconds": seconds}
 
 
-def forms(name: str, layout: str, dtype: str) -> dict[str, Form]:
-    """The same model in all forms, and the control."""
+def form_of(form: str, name: str, layout: str, dtype: str, eps: float | None) -> Form:
+    """A form of a model, whose weights are the same in all. eps: of its norms, where they are not torch.nn's."""
     torch.manual_seed(0)
-    plain = MODELS[name]()
-    models = {"torch.nn": plain, "converted": copy.deepcopy(plain)}
-    if name == "resnet50":
-        models["BatchNormAct"] = ResNet50(FusedBottleneck)
-        models["BatchNormAct"].load_state_dict(plain.state_dict())
-    for model in list(models.values())[1:]:
+    plain = model = MODELS[name]()
+    if form == "BatchNormAct":
+        model = ResNet50(FusedBottleneck)
+        model.load_state_dict(plain.state_dict())
+    if form in ("converted", "BatchNormAct"):
         fnt.convert(model)
-    models["control"] = copy.deepcopy(plain)
-    rounding = Rounding()
-    for module in models["control"].modules():
-        if isinstance(module, NORMS):
-            module.register_forward_hook(rounding)
-    return {form: Form(model.to(memory_format=FORMATS[layout]), DTYPES[dtype]) for form, model in models.items()}
+        for module in model.modules():
+            if eps is not None and hasattr(module, "eps"):
+                module.eps = eps
+    if form == "control":
+        rounding = Rounding()
+        for module in model.modules():
+            if isinstance(module, NORMS):
+                module.register_forward_hook(rounding)
+    return Form(model.to(memory_format=FORMATS[layout]), DTYPES[dtype])
+
+
+def serve(pipe: Connection, threads: int | None, form: str, run: dict[str, Any], eps: float | None) -> None:
+    """A form's process: takes a step for each request, or a profiled one."""
+    if threads:
+        torch.set_num_threads(threads)
+        fn.set_num_threads(threads)
+    trained = form_of(form, run["model"], run["layout"], run["dtype"], eps)
+    generator = torch.Generator().manual_seed(0)
+    for request in iter(pipe.recv, "stop"):
+        images = batch(generator, run["batch"], run["size"], run["layout"])
+        pipe.send(trained.step(*images) if request == "step" else profiled(trained, *images))
+
+
+class Process:
+    """A form in a process of its own."""
+
+    def __init__(self, *how: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, *how), daemon=True)
+        self.process.start()
+        theirs.close()  # so that a dead process is an EOFError here, not silence
+
+    def __call__(self, request: str) -> Any:
+        self.pipe.send(request)
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        self.pipe.send("stop")
+        self.process.join()
 
 
 def batch(generator: torch.Generator, count: int, size: int, layout: str) -> tuple[Tensor, Tensor]:
@@ -219,32 +252,40 @@ def batch(generator: torch.Generator, count: int, size: int, layout: str) -> tup
     return images.contiguous(memory_format=FORMATS[layout]), labels
 
 
-def train(name: str, layout: str, dtype: str, *, steps: int, count: int, size: int) -> dict[str, Any]:
-    """What :func:`main` prints and writes of one model in one layout and dtype. A first step is not timed."""
-    found = forms(name, layout, dtype)
-    generator = torch.Generator().manual_seed(0)
+def train(
+    name: str, layout: str, dtype: str, *, steps: int, count: int, size: int, threads: int | None = None,
+    eps: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What :func:`main` prints and writes of one model in one layout and dtype. A first step is not timed. eps: of the
+    norms of this library, to see it found out."""
+    run = {"model": name, "layout": layout, "dtype": dtype, "batch": count, "size": size, "steps": steps}
+    names = ["torch.nn", "converted", *(["BatchNormAct"] if name == "resnet50" else []), "control"]
+    forms = {form: Process(threads, form, run, eps) for form in names}
+    taken: dict[str, list[dict[str, Any]]] = {form: [] for form in names}
     moved, tolerance = 0.0, []
     for i in range(steps + 1):
-        images, labels = batch(generator, count, size, layout)
-        names = list(found)
-        logits = {form: found[form].step(images, labels) for form in names[i % len(names) :] + names[: i % len(names)]}
-        moved = max(moved, (logits["control"] - logits["torch.nn"]).norm(dim=1).mean().item())
-        tolerance.append(math.sqrt(2) * moved + torch.finfo(torch.float32).eps * found["torch.nn"].losses[-1])
-    del found["control"]
-    plain = found["torch.nn"]
-    ms = {form: [1e3 * s for s in each.seconds[1:]] for form, each in found.items()}
-    deviation = {form: [abs(a - b) for a, b in zip(each.losses, plain.losses, strict=True)]
-                 for form, each in found.items()}  # fmt: skip
+        for form in names[i % len(names) :] + names[: i % len(names)]:
+            taken[form].append(forms[form]("step"))
+        control, plain = (torch.tensor(taken[form][-1]["logits"]) for form in ("control", "torch.nn"))
+        moved = max(moved, (control - plain).norm(dim=1).mean().item())
+        tolerance.append(math.sqrt(2) * moved + torch.finfo(torch.float32).eps * taken["torch.nn"][-1]["loss"])
+    forms.pop("control").stop()
+    losses = {form: [step["loss"] for step in taken[form]] for form in forms}
+    ms = {form: [1e3 * step["seconds"] for step in taken[form][1:]] for form in forms}
+    profiles = {form: process("profile") for form, process in forms.items()}
+    for process in forms.values():
+        process.stop()
+    within = {form: all(abs(a - b) <= most for a, b, most in zip(own, losses["torch.nn"], tolerance, strict=True))
+              for form, own in losses.items()}  # fmt: skip
     return {
-        "model": name, "layout": layout, "dtype": dtype, "batch": count, "size": size, "steps": steps,
-        "losses": {form: each.losses for form, each in found.items()},
+        **run,
+        "losses": losses,
         "tolerance": tolerance,
-        "wrong": [form for form, each in deviation.items()
-                  if not all(d <= t for d, t in zip(each, tolerance, strict=True))],
+        "wrong": [form for form, right in within.items() if not right],
         "ms": {form: {**spread(each), "steps": each} for form, each in ms.items()},
         "ratios": {f"torch.nn/{form}": ratio(ms["torch.nn"], each) for form, each in ms.items() if form != "torch.nn"},
-        "profile_ms": {form: profiled(each, images, labels) for form, each in found.items()},
-    }  # fmt: skip
+        "profile_ms": profiles,
+    }
 
 
 def profiled(form: Form, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -296,15 +337,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     usual = QUICK if args.quick else {"steps": 5, "batch": 16, "size": 224}
     steps, count, size = (getattr(args, name) or usual[name] for name in ("steps", "batch", "size"))
-    if args.threads:
+    if args.threads:  # here for what `environment` tells
         torch.set_num_threads(args.threads)
         fn.set_num_threads(args.threads)
     where = environment()
+    where["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     print("; ".join(f"{key} {value}" for key, value in where.items()))
     runs = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     right = True
     for name, layout, dtype in ((n, la, d) for n in args.model for d in args.dtype for la in args.layout):
-        run = train(name, layout, dtype, steps=steps, count=count, size=size)
+        run = train(name, layout, dtype, steps=steps, count=count, size=size, threads=args.threads)
         show(run)
         right &= not run["wrong"]
         runs.append({"environment": where, **run})
