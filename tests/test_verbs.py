@@ -46,6 +46,7 @@ LARGE = {
     "group rows, split": (1, 1, 2, 50 * 3000, 3000),
     "group columns": (8, 784, 8, 12, 1),
     "instance columns": (8, 1568, 24, 1, 1),
+    "columns, wide panels": (1, 1100, 1100, 1, 1),
 }
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "sigmoid": 4, "tanh": 5}
 
