@@ -44,8 +44,13 @@ def with_torch(session: nox.Session) -> None:
 
 @nox.session(name="jax")
 def with_jax(session: nox.Session) -> None:
-    """fusednorm.jax, with JAX; arguments go to pytest, such as --slow for the whole list of cases."""
+    """fusednorm.jax, with JAX: called back by XLA, then called by it without Python. Arguments go to pytest, such as
+    --slow for the whole list of cases."""
     install(session, ".[test,jax]")
+    session.run("pytest", "tests/test_jax.py", *session.posargs)
+    session.install("cmake", "ninja", *nox.project.load_toml("pyproject.toml")["build-system"]["requires"])
+    session.install("--no-build-isolation", "--no-deps", ".", "-C", f"build-dir={session.create_tmp()}/xla",
+                    env={"FUSEDNORM_CUDA": "OFF", "FUSEDNORM_XLA": "ON", "FUSEDNORM_WERROR": "ON"})  # fmt: skip
     session.run("pytest", "tests/test_jax.py", *session.posargs)
 
 
