@@ -39,7 +39,8 @@ def with_torch(session: nox.Session) -> None:
     """fusednorm.torch and the examples, with PyTorch; arguments go to pytest, such as --slow for what compiles kernels
     besides."""
     install(session, ".[test,torch]")
-    session.run("pytest", "tests/test_torch.py", "tests/test_examples.py", *session.posargs)
+    files = ("tests/test_torch.py", "tests/test_torch_population.py", "tests/test_examples.py")
+    session.run("pytest", *files, *session.posargs)
 
 
 @nox.session(name="jax")
