@@ -12,6 +12,8 @@ from typing import Any
 import fusednorm as fn
 import numpy as np
 import pytest
+from fusednorm import functional
+from fusednorm.population import Estimate
 from fusednorm.testing.cases import UNIT_ROUNDOFF
 from support import DTYPES, LAYOUTS, Array, assert_same_bits, normal, numpy_dtype
 
@@ -339,7 +341,7 @@ class Rank:
         self._barrier, self._given = barrier, given
         self.calls = 0
 
-    def gather(self, array: Array) -> Array:
+    def allgather(self, array: Array, /) -> Array:
         assert array.dtype == np.float64
         assert array.ndim == 1
         self.calls += 1
@@ -372,6 +374,16 @@ def test_ranks_are_merged_in_their_order(estimator: str) -> None:
 
     found = on_ranks(3, work)
     expect_close(found[0][0], expected(estimator, values), "float64")
+    of_ranks = [Estimate(estimator, 5, 1) for _ in shares]
+    for estimate, share in zip(of_ranks, shares, strict=True):
+        for x in share:
+            estimate.add(*functional._batch_moments(x, 1, None, None))
+    in_order, backwards = Estimate(estimator, 5, 1), Estimate(estimator, 5, 1)
+    for one, other in zip(of_ranks, of_ranks[::-1], strict=True):
+        in_order._merge(one._state())
+        backwards._merge(other._state())
+    assert not np.array_equal(in_order.result(), backwards.result())
+    assert_same_bits([found[0][0].running_mean, found[0][0].running_var], in_order.result())
     for layers in found:
         for layer, want in zip(layers, found[0], strict=True):
             assert_unchanged(layer, state(want))
@@ -389,10 +401,13 @@ def test_ranks_without_batches() -> None:
 
 def test_ranks_with_other_layers() -> None:
     class Wrong:
-        def gather(self, array: Array, /) -> Array:
+        def allgather(self, array: Array, /) -> Array:
             return np.stack([array[:-1]] * 2)
 
     layer = fn.BatchNorm(5)
-    with pytest.raises(ValueError, match=r"must return \(ranks, 16\)"), fn.Population(layer, process_group=Wrong()):
+    with (
+        pytest.raises(ValueError, match=r"must return \(ranks, 16\), got \(2, 15\)"),
+        fn.Population(layer, process_group=Wrong()),
+    ):
         layer(batches(5)[0])
     assert layer.num_batches_tracked == 0

@@ -23,8 +23,8 @@ ESTIMATORS = ("exact", "paper", "cumulative")
 class Group(Protocol):
     """What is needed of a group of processes."""
 
-    def gather(self, array: Array, /) -> Array:
-        """A float64 vector of each rank, all of one length: (ranks, length), in the order of the ranks, on each."""
+    def allgather(self, numbers: Array, /) -> Any:
+        """All ranks' `numbers`, float64 (n,), in the order of the ranks: (ranks, n), or as many arrays (n,)."""
 
 
 class Estimate:
@@ -80,12 +80,12 @@ def merged(estimates: Sequence[Estimate], group: Group | None) -> None:
     if group is None:
         return
     own = [estimate._state() for estimate in estimates]
-    gathered = group.gather(np.concatenate(own))
+    gathered = np.asarray(group.allgather(np.concatenate(own)))
     ends = np.cumsum([state.size for state in own])
     if gathered.ndim != 2 or gathered.shape[1] != ends[-1]:
         raise ValueError(
-            f"process_group.gather must return (ranks, {ends[-1]}) of this vector, got {gathered.shape}; the layers "
-            "must be the same on each rank"
+            f"process_group.allgather must return (ranks, {ends[-1]}), got {gathered.shape}: are the layers the same "
+            "on each rank?"
         )
     for estimate in estimates:
         estimate.batches, estimate.seen = 0, Moments(*np.zeros((3, *estimate.seen.mean.shape)))
@@ -119,9 +119,10 @@ class Population:
         weighing the same whatever its size (Ioffe & Szegedy 2015, Algorithm 2). "cumulative": the average of the
         batches' running updates, as ``momentum=None`` gives, which is the paper's but for a layer whose correction
         is 0; in float64, rounded once. With ghost batches, these are the batches.
-    process_group : object with a `gather`, optional
-        The ranks' batches are merged at the end, in the order of the ranks, by one
-        ``gather(vector) -> (ranks, length)`` of float64. Ranks may have different numbers of batches, or none.
+    process_group : object with an `allgather`, optional
+        The batches of all ranks are merged at the end, in the order of the ranks, by one
+        ``allgather(numbers) -> (ranks, n)`` of float64. Ranks may have different numbers of batches, or none. If one
+        rank raises before, the others wait for it.
 
     Entering raises TypeError for other layers, RuntimeError for those without running statistics and those of which a
     Population is taken already, ValueError for an unknown estimator. Leaving raises ValueError, and changes no layer,
