@@ -51,6 +51,13 @@ def with_jax(session: nox.Session) -> None:
 
 
 @nox.session
+def dask(session: nox.Session) -> None:
+    """The example that merges what Dask's workers have learned."""
+    install(session, ".[test,dask]")
+    session.run("pytest", "tests/test_examples.py", "-k", "dask", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """ruff and clang-format; with -- --fix they change the files."""
     session.install(*LINT)
