@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         here = fn.Standardizer()
         for chunk in table.blocks:
-            here.partial_fit(chunk.compute(scheduler="synchronous"))
+            here.partial_fit(chunk.compute())
         same = all(np.array_equal(getattr(fitted, name), getattr(here, name)) for name in ("mean_", "var_", "scale_"))
         print(f"standardizer: {'the bits of' if same else 'NOT AS'} one process that reads all chunks")
 
