@@ -179,6 +179,12 @@ def _double_backward(
     return ddy.to(x.dtype), dx.to(x.dtype), dweight
 
 
+@_on_its_stream
+def batch_moments(x: Tensor, mask: Tensor | None) -> tuple[Array, Array, Array]:
+    """Count, mean and m2 of each channel, (1, C) float64."""
+    return functional._batch_moments(_array(_dense(x, "batch", ())), 1, None, _array(mask))
+
+
 # PyTorch's ops, on the CPU and on a GPU.
 
 
