@@ -375,7 +375,8 @@ def forward(
                 operands.update(running[1], share, arrays.moved(m2[k] / (n - correction), device))
         if out is not None or x is not given:
             y = operands.deliver(y, out, given)
-    return y, Call(sync, header, mean_, rstd_, counts, int(np.count_nonzero(total)))
+    batches = int(np.count_nonzero(total)) if channels else 0
+    return y, Call(sync, header, mean_, rstd_, counts, batches)
 
 
 def _merged(found: Array) -> tuple[Array, Array, Array]:

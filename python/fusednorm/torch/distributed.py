@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules import batchnorm
 
 from fusednorm import arrays, distributed, functional
@@ -62,8 +61,10 @@ class _Synchronized(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            missing = NotImplementedError("a synchronized batch norm has no second gradients (create_graph=True)")
+            ctx.call.sync.refuse("backward", missing)
         x, weight, bias, residual, mask = ctx.saved_tensors
         dx, dweight, dbias, dresidual = _backward(dy, x, weight, bias, residual, ctx.call, ctx.activation, mask)
         needed = ctx.needs_input_grad

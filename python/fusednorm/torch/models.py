@@ -81,6 +81,7 @@ def revert(model: nn.Module) -> Report:
         found = type(module)
         if found in _THEIRS and getattr(module, "activation", None) is None:
             module.__class__ = _THEIRS[found]
+            module.__dict__.pop("_sync", None)
             report.done[name] = f"{found.__name__} is torch.nn's again"
         elif isinstance(module, (*_THEIRS, modules.BatchNormAct)):
             report.left[name] = f"{found.__module__}.{found.__qualname__} has no counterpart in torch.nn"
