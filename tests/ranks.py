@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -14,11 +16,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import fusednorm as fn
 import numpy as np
+import pytest
 from fusednorm import distributed
 from fusednorm.testing import cases
 from fusednorm.testing.cases import CASES, Case, Inputs
@@ -260,6 +264,26 @@ def threads(size: int, work: Callable[[Any], Any], fails: int | None = None) -> 
 
 
 # As processes.
+
+# Beside the Python that runs this: where pip puts it.
+MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
+    """For more ranks than cores; Open MPI asks for words where it runs as root, or has fewer cores than ranks."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def mpi(size: int, *python: str) -> list[str]:
+    """A command line; skips the test where there is no MPI."""
+    if find_spec("mpi4py") is None or MPIEXEC is None:
+        pytest.skip("mpi4py or mpiexec is not installed: pip install mpi4py mpich")
+    return [MPIEXEC, "-n", str(size), sys.executable, *python]
 
 
 def by_mpi() -> dict[str, Any]:

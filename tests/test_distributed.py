@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import shutil
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,61 +18,42 @@ from fusednorm.testing import cases
 from fusednorm.testing.cases import Case, Inputs, Outputs
 from support import assert_same_bits, normal, run_python
 
-PROGRAM = Path(ranks.__file__)
-# Beside the Python that runs this: where pip puts it.
-MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-
-
-def environment() -> dict[str, str]:
-    """For more ranks than cores; Open MPI asks for words where it runs as root, or has fewer cores than ranks."""
-    return os.environ | {
-        "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+PROGRAM = str(Path(ranks.__file__))
+ENGINES = [(engine, size) for engine in ("threads", "mpi", "gloo") for size in (2, 3, 4)]
+_found: dict[tuple[str, int], list[dict[str, Any]]] = {}  # one launch for all tests
 
 
 def launched(engine: str, size: int, folder: Path) -> list[dict[str, Any]]:
     """What each rank found, as processes."""
-    python = [sys.executable, str(PROGRAM), engine, str(folder)]
     if engine == "mpi":
-        commands = [[str(MPIEXEC), "-n", str(size), *python]]
+        commands = [ranks.mpi(size, PROGRAM, engine, str(folder))]
     else:
-        commands = [[*python, str(rank), str(size)] for rank in range(size)]
-    running = [
-        subprocess.Popen(one, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for one in commands
-    ]
+        torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+        if not torch.distributed.is_gloo_available():
+            pytest.skip("PyTorch is built without gloo")
+        commands = [[sys.executable, PROGRAM, engine, str(folder), str(rank), str(size)] for rank in range(size)]
+    running = [ranks.started(one) for one in commands]
     try:
         said = [one.communicate(timeout=300)[0] for one in running]
     finally:
         for one in running:
             one.kill()
     assert all(one.returncode == 0 for one in running), "\n".join(said)
-    return [
-        pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) if (folder / f"rank{rank}.pickle").exists() else {}
-        for rank in range(size)
-    ]
+    files = [folder / f"rank{rank}.pickle" for rank in range(size)]
+    return [pickle.loads(one.read_bytes()) if one.exists() else {} for one in files]
 
 
-def skip_without(engine: str) -> None:
-    if engine == "mpi" and (find_spec("mpi4py") is None or MPIEXEC is None):
-        pytest.skip("mpi4py or mpiexec is not installed: pip install mpi4py mpich")
-    if engine == "gloo" and (find_spec("torch") is None or not __import__("torch").distributed.is_gloo_available()):
-        pytest.skip("PyTorch with gloo is not installed")
-
-
-ENGINES = [(engine, size) for engine in ("threads", "mpi", "gloo") for size in (2, 3, 4)]
-
-
-@pytest.fixture(scope="module", params=ENGINES, ids=[f"{engine}-{size}" for engine, size in ENGINES])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Engine, and what each of its ranks found; one launch for all tests."""
+@pytest.fixture(params=ENGINES, ids=[f"{engine}-{size}" for engine, size in ENGINES])
+def found(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Engine, and what each of its ranks found."""
     engine, size = request.param
-    skip_without(engine)
-    if engine == "threads":
-        return engine, ranks.threads(size, ranks.everything)
-    return engine, launched(engine, size, tmp_path_factory.mktemp(f"{engine}{size}"))
+    if request.param not in _found:
+        threads = engine == "threads"
+        _found[request.param] = ranks.threads(size, ranks.everything) if threads else launched(engine, size, tmp_path)
+    return engine, _found[request.param]
+
+
+on_gloo = pytest.mark.parametrize("found", [("gloo", 2), ("gloo", 3), ("gloo", 4)], indirect=True)
 
 
 def joined(case: Case, inputs: Inputs, each: list[dict[str, Any]]) -> Outputs:
@@ -230,10 +207,9 @@ def test_messages_grow_with_the_ghost_batches(found: Any) -> None:
         assert one["growing"] == each[0]["growing"]
 
 
+@on_gloo
 def test_modules_are_the_same(found: Any) -> None:
-    engine, each = found
-    if engine != "gloo":
-        pytest.skip("PyTorch's modules have gloo here")
+    _, each = found
     mistakes = []
     for name, first in each[0]["modules"].items():
         case = next(case for case in ranks.SMALL if case.name == name)
@@ -244,12 +220,11 @@ def test_modules_are_the_same(found: Any) -> None:
     assert not mistakes, "\n".join(mistakes)
 
 
+@on_gloo
 def test_a_network_under_data_parallel(found: Any) -> None:
     """float64, of numbers up to 10: some thousand roundings of 1e-16, which 1e-11 leaves room for, and a wrong count
     does not."""
-    engine, each = found
-    if engine != "gloo":
-        pytest.skip("PyTorch's modules have gloo here")
+    _, each = found
     for one in each:
         whole, parallel = one["network"]["whole"], one["network"]["parallel"]
         assert whole.keys() == parallel.keys()
@@ -260,7 +235,6 @@ def test_a_network_under_data_parallel(found: Any) -> None:
 
 
 def test_a_rank_that_is_late_or_dies(tmp_path: Path) -> None:
-    skip_without("gloo")
     there, _ = launched("failing", 2, tmp_path)
     for what, step in (("late", "backward"), ("died", "forward")):
         kind, words, unchanged = there[what]
