@@ -216,7 +216,7 @@ def test_modules_are_the_same(found: Any) -> None:
         mistakes += wrong(case, [one["modules"][name] for one in each])
         assert {one["modules"][name]["collectives"] for one in each} == {(1, 1, 0)}
         assert first["batches"] == 2 * case.running
-    assert len(each[0]["modules"]) > 40
+    assert len(each[0]["modules"]) > 25
     assert not mistakes, "\n".join(mistakes)
 
 
