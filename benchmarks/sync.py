@@ -112,7 +112,7 @@ def main() -> int:
     where: dict[str, Any] = environment()
     rows: list[dict[str, Any]] = []
     print(
-        "| ranks × threads | whole x | message, bytes | collective ms | forward ms | of alone | backward ms | of alone |"
+        "| ranks × threads | whole x | message bytes | collective ms | forward ms | of alone | backward ms | of alone |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for ranks in options.ranks:

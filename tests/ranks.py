@@ -231,6 +231,7 @@ class Threads:
     def allgather(self, numbers: Array) -> list[Array]:
         self.gathers += 1
         if self.rank == 0 and self.gathers == self._fails:
+            self._barrier.wait()  # the others are in this one, too
             self._barrier.abort()
             raise ConnectionError("the cable is out")
         self._slots[self.rank] = numbers.copy()

@@ -53,7 +53,8 @@ def found(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return engine, _found[request.param]
 
 
-on_gloo = pytest.mark.parametrize("found", [("gloo", 2), ("gloo", 3), ("gloo", 4)], indirect=True)
+ON_GLOO = [one for one in ENGINES if one[0] == "gloo"]
+on_gloo = pytest.mark.parametrize("found", ON_GLOO, indirect=True, ids=[f"gloo-{size}" for _, size in ON_GLOO])
 
 
 def joined(case: Case, inputs: Inputs, each: list[dict[str, Any]]) -> Outputs:
