@@ -36,10 +36,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="torch")
 def with_torch(session: nox.Session) -> None:
-    """fusednorm.torch and the examples, with PyTorch; arguments go to pytest, such as --slow for what compiles kernels
-    besides."""
+    """fusednorm.torch, several processes under gloo, and the examples, with PyTorch; arguments go to pytest, such as
+    --slow for what compiles kernels besides."""
     install(session, ".[test,torch]")
-    session.run("pytest", "tests/test_torch.py", "tests/test_examples.py", *session.posargs)
+    session.run(
+        "pytest", "tests/test_torch.py", "tests/test_distributed.py", "tests/test_examples.py", *session.posargs
+    )
 
 
 @nox.session(name="jax")
