@@ -36,11 +36,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="torch")
 def with_torch(session: nox.Session) -> None:
-    """fusednorm.torch and the examples, with PyTorch; arguments go to pytest, such as --slow for what compiles kernels
-    besides."""
+    """fusednorm.torch, several processes under gloo, and the examples, with PyTorch; arguments go to pytest, such as
+    --slow for what compiles kernels besides."""
     install(session, ".[test,torch]")
-    files = ("tests/test_torch.py", "tests/test_torch_population.py", "tests/test_examples.py")
-    session.run("pytest", *files, *session.posargs)
+    files = ("test_torch.py", "test_torch_population.py", "test_distributed.py", "test_examples.py")
+    session.run("pytest", *(f"tests/{file}" for file in files), *session.posargs)
 
 
 @nox.session(name="jax")
@@ -53,13 +53,6 @@ def with_jax(session: nox.Session) -> None:
     session.install("--no-build-isolation", "--no-deps", ".", "-C", f"build-dir={session.create_tmp()}/xla",
                     env={"FUSEDNORM_CUDA": "OFF", "FUSEDNORM_XLA": "ON", "FUSEDNORM_WERROR": "ON"})  # fmt: skip
     session.run("pytest", "tests/test_jax.py", *session.posargs)
-
-
-@nox.session
-def dask(session: nox.Session) -> None:
-    """The example that merges what Dask's workers have learned."""
-    install(session, ".[test,dask]")
-    session.run("pytest", "tests/test_examples.py", "-k", "dask", *session.posargs)
 
 
 @nox.session
