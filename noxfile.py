@@ -17,7 +17,9 @@ nox.options.sessions = ["tests", "lint", "types"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 LEAST = "v2" if X86 else "baseline"  # instruction set
 GATED = (75, 80, 90, 100, 120)  # CUDA architectures: the first and each that changed how kernels compile since
-LINT = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "lint")
+PROJECT = nox.project.load_toml("pyproject.toml")
+LINT = nox.project.dependency_groups(PROJECT, "lint")
+DOCS = nox.project.dependency_groups(PROJECT, "docs")
 
 
 def install(session: nox.Session, what: str, **environment: str) -> None:
@@ -47,6 +49,15 @@ def with_jax(session: nox.Session) -> None:
     """fusednorm.jax, with JAX; arguments go to pytest, such as --slow for the whole list of cases."""
     install(session, ".[test,jax]")
     session.run("pytest", "tests/test_jax.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, warnings as errors, in build/site; -- serve shows it while it is written."""
+    # The figures compute with the library, but time nothing.
+    install(session, ".", FUSEDNORM_KERNELS=LEAST, CXXFLAGS_RELEASE="-O0")
+    session.install(*DOCS)
+    session.run("mkdocs", *(session.posargs or ["build"]), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

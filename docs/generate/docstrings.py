@@ -1,0 +1,59 @@
+"""Docstrings are reStructuredText, the site is Markdown: what of the former they use becomes the latter."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import Extension, Object
+
+_ROLE = re.compile(r":(func|class|meth|mod|data|attr):`~?([^`]+)`")
+_RULE = re.compile(r"^ *=+(  +=+)+ *$")
+
+
+class Markdown(Extension):
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = markdown(obj.docstring.value, obj)
+
+
+def markdown(text: str, obj: Object) -> str:
+    text = _ROLE.sub(lambda role: _link(role[2], obj), text)
+    text = re.sub(r"^::$", "", re.sub(r"(?<=\S)::$", ":", text, flags=re.M), flags=re.M)
+    return "\n".join(_tables(text.split("\n")))
+
+
+def _link(name: str, obj: Object) -> str:
+    """To where the site documents it, if it does."""
+    scope: Any = obj
+    path = name
+    while scope is not None:
+        if name in scope.members:
+            path = scope.members[name].canonical_path
+            break
+        scope = scope.parent
+    return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
+
+
+def _tables(lines: list[str]) -> list[str]:
+    """Tables from a rule of = to an empty line, whose columns are where the rule is. A row without its first cell
+    belongs to the one above."""
+    found: list[str] = []
+    while lines:
+        line = lines.pop(0)
+        if not _RULE.match(line):
+            found.append(line)
+            continue
+        cuts = [match.span() for match in re.finditer("=+", line)]
+        rows: list[list[str]] = []
+        while lines and (line := lines.pop(0)).strip():
+            if _RULE.match(line):
+                continue
+            cells = [line[start : None if i == len(cuts) - 1 else end].strip() for i, (start, end) in enumerate(cuts)]
+            if cells[0]:
+                rows.append(cells)
+            else:
+                rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells, strict=True)]
+        head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+        found += ["", head, "|" + "---|" * len(cuts), *body, ""]
+    return found
