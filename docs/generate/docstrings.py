@@ -1,11 +1,15 @@
-"""Docstrings are reStructuredText, the site is Markdown: what of the former they use becomes the latter."""
+"""Docstrings are reStructuredText, the site is Markdown: what of the former they use becomes the latter. And the
+parameters that they speak of must be there."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Class, DocstringSectionKind, Extension, Function, Object, Parser
+from mkdocs.plugins import get_plugin_logger
+
+_LOG = get_plugin_logger(__name__)
 
 _ROLE = re.compile(r":(func|class|meth|mod|data|attr):`~?([^`]+)`")
 _RULE = re.compile(r"^ *=+(  +=+)+ *$")
@@ -15,6 +19,22 @@ class Markdown(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring:
             obj.docstring.value = markdown(obj.docstring.value, obj)
+            unknown = _documented(obj) - {name.lstrip("*") for name in _parameters(obj)}
+            if unknown:
+                _LOG.warning(f"{obj.path} has no {', '.join(sorted(unknown))}, of which its docstring speaks")
+
+
+def _parameters(obj: Object) -> list[str]:
+    return [each.name for each in obj.parameters] if isinstance(obj, (Class, Function)) else []
+
+
+def _documented(obj: Object) -> set[str]:
+    """The parameters in the docstring's sections, where several may share a line."""
+    assert obj.docstring
+    style = Parser.google if re.search(r"^ *Args:$", obj.docstring.value, re.M) else Parser.numpy
+    sections = obj.docstring.parse(style, warnings=False)
+    found = [item.name for each in sections if each.kind is DocstringSectionKind.parameters for item in each.value]
+    return {name.lstrip("*") for names in found for name in names.split(", ")}
 
 
 def markdown(text: str, obj: Object) -> str:

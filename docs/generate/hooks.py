@@ -10,7 +10,6 @@ import posixpath
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -40,7 +39,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     drawn = ROOT / "build" / "figures"
     for path in figures.draw(drawn):
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
-    for source in sorted({found for file in files.documentation_pages() for found in _linked(file)}):
+    measured = {str(path.relative_to(ROOT)) for path in tables.RESULTS.glob("*.json")}
+    for source in sorted(measured.union(*map(_linked, files.documentation_pages()))):
         files.append(File.generated(config, _copy(source), abs_src_path=str(ROOT / source)))
     return files
 
@@ -81,5 +81,3 @@ def _linked(file: File) -> set[str]:
     targets = (link[2] for link in _LINK.finditer(file.content_string))
     paths = {posixpath.normpath(posixpath.join(folder, target)) for target in targets}
     return {path for path in paths if path not in ELSEWHERE and not _is_page(path) and (ROOT / path).is_file()}
-
-

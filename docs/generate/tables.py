@@ -68,9 +68,9 @@ def lost() -> str:
     rows = [row for row in figures.rows() if report.loses(row)]
     body = []
     for row in sorted(rows, key=lambda row: min(_peers(row).values())):
-        ratios = _peers(row)
+        ratios = [_peers(row).get(name) for name in ("torch_out/ours_out", "torch/ours")]
         body.append([report.label(row), row["pass"], f"{report.megabytes(row):.2g}",
-                     *(f"{ratios[name]:.2f}" if name in ratios else "–" for name in ("torch_out/ours_out", "torch/ours")),
+                     *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
                      f"{row['ms']['ours']['median'] * 1e3:.0f}"])  # fmt: skip
     return _table(["case", "pass", "MB of x", "PyTorch/ours, out=", "PyTorch/ours", "ours, µs"], body, 2)
 
@@ -108,5 +108,7 @@ def resnet() -> str:
         kept = ", memory kept" if run["environment"]["malloc"] else ""
         ratios = [run["ratios"][f"torch.nn/{form}"] for form in ("converted", "BatchNormAct")]
         cells = [f"{each['median']:.2f} ±{(each['p90'] - each['p10']) / 2:.2f}" for each in ratios]
-        body.append([f"channels {run['layout']}{kept}", str(run["steps"]), f"{run['ms']['torch.nn']['median']:.0f}", *cells])
+        body.append(
+            [f"channels {run['layout']}{kept}", str(run["steps"]), f"{run['ms']['torch.nn']['median']:.0f}", *cells]
+        )
     return _table(["", "steps", "torch.nn, ms", "torch.nn/converted", "torch.nn/BatchNormAct"], body)

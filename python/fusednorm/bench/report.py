@@ -41,7 +41,22 @@ def loses(row: Row) -> bool:
 
 def columns(results: Mapping[str, Any]) -> dict[str, Callable[[Row], str]]:
     """What the table shows of a row, by column."""
-    return _GPU if _is_of_a_gpu(results) else _CPU
+    gpu = _is_of_a_gpu(results)
+    found = dict(_GPU if gpu else _CPU)
+    if not any("before" in row for row in results["rows"]):
+        return found
+    after = "of copy" if gpu else "ours/copy"
+    at = list(found).index(after) + 1
+    names, texts = list(found), list(found.values())
+    names[at:at], texts[at:at] = [f"before {after}"], [_share_before if gpu else _ratio_before]
+    return dict(zip(names, texts, strict=True))
+
+
+def beside(results: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Results whose rows have, as ``before``, the ratios of the same row in an earlier run; empty where it has none."""
+    before = {(label(row), row["pass"]): row["ratios"] for row in earlier["rows"]}
+    rows = [{**row, "before": before.get((label(row), row["pass"]), {})} for row in results["rows"]]
+    return {**results, "rows": rows}
 
 
 def cells(results: Mapping[str, Any], row: Row) -> list[str]:
@@ -97,6 +112,14 @@ def _host(name: str) -> Callable[[Row], str]:
 
 def _ratio(name: str) -> Callable[[Row], str]:
     return lambda row: _times(row["ratios"], name)
+
+
+def _ratio_before(row: Row) -> str:
+    return _times(row["before"], "ours_out/copy")
+
+
+def _share_before(row: Row) -> str:
+    return f"{share({**row, 'ratios': row['before']}):.0%}" if "copy/ours_out" in row["before"] else "–"
 
 
 def _digits(ms: float) -> str:
@@ -199,6 +222,12 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         ratios = [row["ratios"][name]["median"] for row in rows if name in row["ratios"]]
         if ratios:
             lines.append(f"{text.format(f'{_mean(ratios):.2f}')} (geometric mean of {len(ratios)} rows)")
+    both = [row for row in rows if row["ratios"] and row.get("before")]
+    changes = [share(row) / share({**row, "ratios": row["before"]}) for row in both]
+    if changes:
+        lines.append(
+            f"beside the copy, {_mean(changes):.2f} times as fast as before (geometric mean of {len(both)} rows)"
+        )
     for pass_ in dict.fromkeys(row["pass"] for row in rows if row.get("floor")):
         shares = [share(row) for row in rows if row.get("floor") and row["pass"] == pass_]
         lines.append(f"{pass_} reaches {_mean(shares):.0%} of the copy's bandwidth (geometric mean)")
