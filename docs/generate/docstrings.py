@@ -9,6 +9,10 @@ from typing import Any
 from griffe import Class, DocstringSectionKind, Extension, Function, Object, Parser
 from mkdocs.plugins import get_plugin_logger
 
+_OPTIONS: dict[Parser, dict[str, bool]] = {
+    Parser.numpy: {"warn_unknown_params": False, "warn_missing_types": False},
+    Parser.google: {"warn_unknown_params": False, "warn_missing_types": False, "returns_multiple_items": False},
+}
 _LOG = get_plugin_logger(__name__)
 
 _ROLE = re.compile(r":(func|class|meth|mod|data|attr):`~?([^`]+)`")
@@ -18,6 +22,10 @@ _RULE = re.compile(r"^ *=+(  +=+)+ *$")
 class Markdown(Extension):
     def on_object(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring:
+            style = (
+                Parser.google if re.search(r"^(Args|Attributes|Returns):$", obj.docstring.value, re.M) else Parser.numpy
+            )
+            obj.docstring.parser, obj.docstring.parser_options = style, _OPTIONS[style]
             obj.docstring.value = markdown(obj.docstring.value, obj)
             unknown = _documented(obj) - {name.lstrip("*") for name in _parameters(obj)}
             if unknown:
@@ -31,16 +39,26 @@ def _parameters(obj: Object) -> list[str]:
 def _documented(obj: Object) -> set[str]:
     """The parameters in the docstring's sections, where several may share a line."""
     assert obj.docstring
-    style = Parser.google if re.search(r"^ *Args:$", obj.docstring.value, re.M) else Parser.numpy
-    sections = obj.docstring.parse(style, warnings=False)
-    found = [item.name for each in sections if each.kind is DocstringSectionKind.parameters for item in each.value]
+    found = [
+        item.name
+        for each in obj.docstring.parsed
+        if each.kind is DocstringSectionKind.parameters
+        for item in each.value
+    ]
     return {name.lstrip("*") for names in found for name in names.split(", ")}
 
 
 def markdown(text: str, obj: Object) -> str:
     text = _ROLE.sub(lambda role: _link(role[2], obj), text)
     text = re.sub(r"^::$", "", re.sub(r"(?<=\S)::$", ":", text, flags=re.M), flags=re.M)
+    # Names that share a description, in NumPy's style, would share the first one's type as well.
+    text = re.sub(r"^(\w+(?:, \w+)+)\n((?: {4}.*\n?)+)", _apart, text, flags=re.M)
     return "\n".join(_tables(text.split("\n")))
+
+
+def _apart(entry: re.Match[str]) -> str:
+    described = entry[2] if entry[2].endswith("\n") else entry[2] + "\n"
+    return "".join(f"{name}\n{described}" for name in entry[1].split(", "))
 
 
 def _link(name: str, obj: Object) -> str:

@@ -94,7 +94,8 @@ def versus(name: str, theirs: str) -> str:
     """A run of the scripts in benchmarks/: by shape, times of theirs and ours, and their ratio."""
     rows = []
     for row in json.loads((RESULTS / name).read_text())["rows"]:
-        what = " ".join(str(row[key]) for key in ("norm", "layout", "pass") if row.get(key))
+        what = " ".join(str(row[key]) for key in ("norm", "pass") if key in row)
+        what += " channels last" * (row.get("layout") == "last")
         shape = "×".join(map(str, row["shape"])) if "shape" in row else ""
         times = [f"{row['ms'][who]['median']:.3g}" for who in (theirs, "ours")]
         rows.append([f"{shape} {what}".strip(), *times, f"{row['ratio']['median']:.2f}"])
