@@ -54,7 +54,7 @@ def with_jax(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation as a site, warnings as errors, in build/site; -- serve shows it while it is written."""
-    # The figures are computed by the library, whose time is of no interest here: it is compiled in a tenth of the time.
+    # The figures are computed by the library, whose time is of no interest here: it is compiled in a sixth of the time.
     install(session, ".", "-C", "cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O0", FUSEDNORM_KERNELS=LEAST)
     session.install(*DOCS)
     session.run("mkdocs", *(session.posargs or ["build"]), env={"NO_MKDOCS_2_WARNING": "1"})

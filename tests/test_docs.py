@@ -6,6 +6,7 @@ The blocks of one page share their names, in order. What a block needs besides N
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -110,11 +111,34 @@ def run(block: Block, on: Page) -> None:
             on.run(each)
 
 
-@pytest.mark.parametrize("block", [each for path in PAGES for each in blocks(path)], ids=str)
+BLOCKS = [each for path in PAGES for each in blocks(path)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     np.random.seed(0)  # noqa: NPY002 (what pages may use is repeatable)
     run(block, page(block.page))
+
+
+def imported(code: str) -> set[str]:
+    """What a block imports of what it must say that it needs."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.removeprefix("fusednorm.").split(".")[0].replace("cupy", "gpu") for name in names}
+    return found & set(NEEDS)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_block_says_what_it_needs(block: Block) -> None:
+    assert imported(block.code) <= set(block.needs)
+
+
+def test_what_is_imported_is_seen() -> None:
+    code = "import numpy, fusednorm as fn\nimport fusednorm.jax as fnj\nfrom torch.nn import functional\nimport cupy"
+    assert imported(code) == {"jax", "torch", "gpu"}
 
 
 def written(tmp_path: Path, text: str) -> list[Block]:
