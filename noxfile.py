@@ -38,17 +38,18 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="torch")
 def with_torch(session: nox.Session) -> None:
-    """fusednorm.torch and the examples, with PyTorch; arguments go to pytest, such as --slow for what compiles kernels
-    besides."""
+    """fusednorm.torch, the examples and the documentation's blocks, with PyTorch; arguments go to pytest, such as
+    --slow for what compiles kernels besides."""
     install(session, ".[test,torch]")
-    session.run("pytest", "tests/test_torch.py", "tests/test_examples.py", *session.posargs)
+    session.run("pytest", "tests/test_torch.py", "tests/test_examples.py", "tests/test_docs.py", *session.posargs)
 
 
 @nox.session(name="jax")
 def with_jax(session: nox.Session) -> None:
-    """fusednorm.jax, with JAX; arguments go to pytest, such as --slow for the whole list of cases."""
+    """fusednorm.jax and the documentation's blocks, with JAX; arguments go to pytest, such as --slow for the whole list
+    of cases."""
     install(session, ".[test,jax]")
-    session.run("pytest", "tests/test_jax.py", *session.posargs)
+    session.run("pytest", "tests/test_jax.py", "tests/test_docs.py", *session.posargs)
 
 
 @nox.session
@@ -131,6 +132,7 @@ def cuda(session: nox.Session) -> None:
     install(session, ".[test]", FUSEDNORM_CUDA="EMULATED")
     others = [one for one in session.posargs if one not in update]
     session.run("pytest", "-q", "tests/test_cuda.py", "tests/test_cuda_cli.py", *others)
+    session.run("pytest", "-q", "-k", "gpu", "tests/test_docs.py", env={"PYTHONPATH": "tests/cuda_emulator"})
     session.run("pytest", "-q", "--slow", "tests/test_cuda_sanitizers.py")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from griffe import Class, DocstringSectionKind, Extension, Function, Object, Parser
 from mkdocs.plugins import get_plugin_logger
 
-_OPTIONS: dict[Parser, dict[str, bool]] = {
+_OPTIONS: dict[Parser, Any] = {
     Parser.numpy: {"warn_unknown_params": False, "warn_missing_types": False},
     Parser.google: {"warn_unknown_params": False, "warn_missing_types": False, "returns_multiple_items": False},
 }

@@ -72,8 +72,9 @@ def floor(row: Row) -> int:
     if "floor" in row:
         return int(row["floor"])
     # What backward needs the residual for is the activation's derivative.
-    reads_residual = row["residual"] and (row["pass"] != "backward" or row["activation"] is not None)
-    return 2 + reads_residual + (row["pass"] == "backward") * (1 + row["residual"])
+    backward, residual = row["pass"] == "backward", bool(row["residual"])
+    reads_residual = residual and not (backward and row["activation"] is None)
+    return 2 + reads_residual + (1 + residual if backward else 0)
 
 
 def share(row: Row) -> float:
