@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,11 @@ def draw(folder: Path) -> Iterator[Path]:
     rng = np.random.default_rng(0)
     x, v = family.images(), family.filters()
     dy, dw = (rng.standard_normal(a.shape, dtype=np.float32) for a in (x, v))
-    family.figure(family.norms(x, dy, v, dw), x, v, folder / "family.png")
+    norms = family.norms(x, dy, v, dw)
+    family.figure(norms, x, v, folder / "family.png")
     yield folder / "family.png"
-    for name, drawing in (("numerics", _numerics()), ("roofline", _roofline()), ("peers", _peers())):
+    drawings = {"folds": _folds(norms), "numerics": _numerics(), "roofline": _roofline(), "peers": _peers()}
+    for name, drawing in drawings.items():
         drawing.savefig(folder / f"{name}.svg")
         yield folder / f"{name}.svg"
 
@@ -70,6 +72,16 @@ def _figure(width: float, height: float) -> Any:
 
     drawing = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(drawing)
+    return drawing
+
+
+def _folds(norms: Sequence[family.Norm]) -> Any:
+    drawing = _figure(10, 5)
+    for axes, norm in zip(drawing.subplots(2, (len(norms) + 1) // 2).flat, norms, strict=True):
+        axes.axis("off")
+        axes.set_title(norm.name)
+        names = ("filters", "channels", "k·k") if norm.name == "weight" else ("N", "C", "H·W")
+        family.cube(axes, norm.folds(family.DRAWN), names)
     return drawing
 
 
@@ -98,7 +110,7 @@ def _roofline() -> Any:
             chosen = [row for row in rows() if row["pass"] == pass_ and row["norm"] == norm]
             for layout, marker in (("first", "o"), ("last", "v"), ("flat", "s")):
                 some = [row for row in chosen if row["layout"] == layout]
-                axes.scatter([report.megabytes(row) for row in some], [report.share(row) for row in some], s=16,
+                axes.scatter([report.megabytes(row) for row in some], [report.share(row) for row in some], s=26,
                              color=color, marker=marker, alpha=0.7, linewidth=0)  # fmt: skip
         axes.axhline(1, color="#cc3311", linewidth=1)
         axes.set_xscale("log")
@@ -118,7 +130,7 @@ def _peers() -> Any:
                 axes.scatter(
                     [report.megabytes(row) for row in some],
                     [row["ratios"]["torch/ours"]["median"] for row in some],
-                    s=40 if lost else 16, color=color, marker=marker, alpha=1 if lost else 0.7, linewidth=0,
+                    s=60 if lost else 26, color=color, marker=marker, alpha=1 if lost else 0.7, linewidth=0,
                 )  # fmt: skip
         axes.axhline(1, color="#cc3311", linewidth=1)
         axes.set(title=pass_, xlabel="MB of x", xscale="log", yscale="log")
