@@ -78,6 +78,7 @@ def main() -> int:
     options = parser.parse_args()
     where, rows, rng = environment(), [], np.random.default_rng(0)
     where["versions"] |= versions(("jax", "jaxlib"))
+    where["called"] = "by XLA" if fnj._HANDLERS else "from Python"
     print("| norm | x | pass | jax.numpy ms | ours ms | jax.numpy/ours |\n|---|---|---|---:|---:|---:|")
     for name, shape in CASES:
         x, dy = (jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2))
@@ -104,6 +105,7 @@ def main() -> int:
     empty = callbacks()
     print("\nA callback that does nothing, µs: " + ", ".join(f"{n} {t['median']:.1f}" for n, t in empty.items()))
     print(f"float32; {where['cpu']}, {where['threads']} threads, {where['isa']}; {where['versions']}")
+    print(f"The kernels are called {where['called']}.")
     if options.json:
         found = {"environment": where, "rows": rows, "callbacks_us": empty}
         options.json.write_text(json.dumps(found, indent=1) + "\n")

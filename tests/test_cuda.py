@@ -147,6 +147,28 @@ def test_a_layer_moves_with_its_state(device: str) -> None:
             assert np.array_equal(a, other.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("ghost", [None, 4])
+@pytest.mark.parametrize("estimator", ["exact", "paper"])
+def test_populations_are_estimated_as_on_the_cpu(estimator: str, ghost: int | None, device: str) -> None:
+    """Both in float64: to rounding, some hundred values a channel, that add up to a few."""
+    layers = [fn.BatchNorm(3, ghost_batch_size=ghost, dtype="float64", device=place) for place in ("cpu", device)]
+    switched = [fn.SwitchableNorm(3, dtype="float64", device=place) for place in ("cpu", device)]
+    with fn.Population(*layers, *switched, estimator=estimator):
+        for n in (6, 8, 5):
+            x = np.random.default_rng(n).standard_normal((n, 3, 7))
+            mask = np.random.default_rng(n).random((n, 7)) < 0.6
+            layers[0](x, mask=mask)
+            layers[1](cupy.asarray(x), mask=cupy.asarray(mask))
+            switched[0](x)
+            switched[1](cupy.asarray(x))
+    for cpu, gpu in (layers, switched):
+        assert gpu.num_batches_tracked == cpu.num_batches_tracked == (6 if ghost and cpu is layers[0] else 3)
+        for name in ("running_mean", "running_var"):
+            found = getattr(gpu, name)
+            assert isinstance(found, cupy.ndarray)
+            np.testing.assert_allclose(cupy.asnumpy(found), getattr(cpu, name), rtol=1e-13, atol=1e-13)
+
+
 def test_a_layer_says_that_x_is_elsewhere() -> None:
     x, layer = np.ones((4, 3), np.float32), fn.BatchNorm(3, affine=False, track_running_stats=False, device="cuda")
     assert layer.device == "cuda:0"

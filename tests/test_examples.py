@@ -7,17 +7,19 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fusednorm as fn
 import numpy as np
 import pytest
-from support import normal
+from support import assert_same_bits, normal
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FAMILY, RESNET = EXAMPLES / "family.py", EXAMPLES / "resnet.py"
+FAMILY, RESNET, DASK = EXAMPLES / "family.py", EXAMPLES / "resnet.py", EXAMPLES / "dask_statistics.py"
 NORMS = ("batch", "ghost batch", "layer", "instance", "group", "RMS", "switchable", "weight")
 
 
@@ -142,3 +144,40 @@ def test_resnet_sees_another_norm(resnet: ModuleType, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(EXAMPLES)  # for its processes
     found = resnet.train(model, "first", "float32", steps=1, count=4, size=64, eps=1e-3)
     assert found["wrong"] == [form for form in found["losses"] if form != "torch.nn"]
+
+
+def test_dask_in_two_processes() -> None:
+    pytest.importorskip("distributed", reason="Dask is not installed: pip install 'fusednorm[dask]'")
+    done = run(DASK, "--rows=200000")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "26 MB in 4 chunks, 2 processes\n" in done.stdout
+    assert "standardizer: the bits of one process that reads all chunks\n" in done.stdout
+
+
+def test_dask_merges_chunks_in_their_order() -> None:
+    """Uneven chunks, one of them empty and the features cut, too; ready in another order than they lie in."""
+    pytest.importorskip("distributed", reason="Dask is not installed: pip install 'fusednorm[dask]'")
+    dask, da, example = importlib.import_module("dask"), importlib.import_module("dask.array"), load(DASK)
+    x = (normal((1000, 6), "float64") + 1e4).astype(np.float32)
+    bounds = (0, 300, 300, 307, 800, 1000)
+    chunks = [x[start:stop] for start, stop in itertools.pairwise(bounds)]
+    one = fn.Standardizer()
+    for chunk in chunks:
+        one.partial_fit(chunk)
+
+    def late(chunk: Any, block_info: Any) -> Any:
+        time.sleep(0.05 * (5 - block_info[0]["chunk-location"][0]))
+        return chunk
+
+    table = da.concatenate([da.from_array(chunk, chunks=(-1, 4)) for chunk in chunks]).map_blocks(late, dtype=x.dtype)
+    for scheduler in ("synchronous", "threads"):
+        with dask.config.set(scheduler=scheduler, num_workers=8):
+            found = example.standardizer(table)
+            layer = example.batch_norm(table.reshape((1000, 3, 2, 1)))
+        for name in ("mean_", "var_", "scale_"):
+            assert_same_bits(getattr(found, name), getattr(one, name), name)
+        assert found.n_samples_seen_ == 1000
+        wide = np.moveaxis(x.astype(float).reshape(1000, 3, 2), 1, 0).reshape(3, -1)
+        # The mean and the variance are rounded to float32; of the latter the kernels promise 1e-6.
+        np.testing.assert_allclose(layer.running_mean, wide.mean(1), rtol=2**-24 * 1.01)
+        np.testing.assert_allclose(layer.running_var, wide.var(1, ddof=1), rtol=1e-6 + 2**-24)

@@ -377,6 +377,53 @@ def test_errors_of_its_own() -> None:
         fnj.batch_norm(X, training=True, correction=2)
 
 
+# Calls without Python.
+
+
+@pytest.mark.skipif(not fnj._HANDLERS, reason="built without FUSEDNORM_XLA")
+class TestWithoutPython:
+    @staticmethod
+    def called(f: Callable[..., Any], *args: Any) -> dict[str, bool]:
+        jaxpr = str(jax.make_jaxpr(f)(*args))
+        return {call: call in jaxpr for call in ("ffi_call", "buffer_callback")}
+
+    def test_what_is_called(self) -> None:
+        """Where the kernels would read a copy, or there is nothing to do, Python calls."""
+        native, python = {"ffi_call": True, "buffer_callback": False}, {"ffi_call": False, "buffer_callback": True}
+        assert self.called(lambda x: fnj.layer_norm(x, 6), X) == native
+        assert self.called(jax.grad(lambda x: fnj.rms_norm(x, 6).sum()), X) == native
+        assert self.called(jax.vmap(lambda x: fnj.layer_norm(x, 6)), X[None]) == native
+        assert self.called(lambda x: fnj.layer_norm(x, 6), X[:0]) == python
+        assert self.called(lambda x: fnj.group_norm(x, 2, axis=0), jnp.ones((4, 3, 5))) == python
+
+    def test_untraced_arrays_are_refused(self) -> None:
+        """By the handlers themselves, which XLA hands whatever it is told to."""
+        x = jnp.ones((4, 6))
+        sizes = {"batch": 4, "outer": 1, "groups": 1, "inner": 6, "span": 1}
+        flags = {"center": 1, "training": 1, "correction": 1, "activation": 0, "arguments": 1, "results": 3}
+        results = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((16,), jnp.uint32)]
+
+        def call(x: Any, outs: Any = results, **changed: int) -> Any:
+            numbers = {name: np.int64(n) for name, n in (sizes | flags | changed).items()}
+            return jax.ffi.ffi_call("fusednorm_forward", outs)(
+                x, **numbers, eps=np.float64(1e-5), momentum=np.float64(0), slope=np.float64(0)
+            )
+
+        assert_same_bits(np.asarray(call(x)[0]), np.asarray(fnj.layer_norm(x, 6)))
+        for changed, message in (
+            ({"batch": 5}, "an array of another size"),
+            ({"arguments": 3}, "fewer arrays"),
+            ({"training": 0}, "running statistics are missing"),
+            ({"results": 1}, "the statistics are missing"),
+        ):
+            with pytest.raises(Exception, match=message):
+                jax.block_until_ready(call(x, **changed))
+        with pytest.raises(Exception, match="of another dtype"):
+            jax.block_until_ready(call(jnp.ones((4, 6), jnp.int32)))
+        with pytest.raises(Exception, match="of another kind"):
+            jax.block_until_ready(call(x, [results[0], jax.ShapeDtypeStruct((16,), jnp.float32)]))
+
+
 # Threads.
 
 

@@ -495,13 +495,21 @@ def test_tensors_and_arrays_share_memory(dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_memory_formats(dtype: Any) -> None:
-    """y and dx lie as x does; where x has gaps, they are contiguous. dy may lie otherwise."""
+    """y and dx lie as x does; where x has gaps, or a line of layer norm lies across memory, they are contiguous. dy may
+    lie otherwise."""
     x = torch.randn(2, 8, 6, 4).to(dtype)
     for given in (x, x.to(memory_format=torch.channels_last), x.permute(1, 0, 3, 2), x[:, :, ::2], x.flip(0)[:, 2:]):
         is_dense = torch.ops.aten.is_non_overlapping_and_dense(given)
-        expected = given.stride() if is_dense else torch.empty(given.shape).stride()
-        _, channels, _, last = given.shape
-        for name, args in (("BatchNorm2d", (channels,)), ("GroupNorm", (2, channels)), ("LayerNorm", (last,))):
+        _, channels, height, last = given.shape
+        for name, args in (
+            ("BatchNorm2d", (channels,)),
+            ("GroupNorm", (2, channels)),
+            ("LayerNorm", (last,)),
+            ("RMSNorm", ((height, last),)),
+        ):
+            lines = len(args[0]) if name == "RMSNorm" else 1 if name == "LayerNorm" else 0
+            in_place = is_dense and given[(0,) * (4 - lines)].is_contiguous()
+            expected = given.stride() if in_place else torch.empty(given.shape).stride()
             dense = given.detach().requires_grad_()
             module = made(name, args, torch.float32)
             y = module(dense)

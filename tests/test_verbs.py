@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from fusednorm import _C, fold, reference
 from fusednorm.testing import cases
-from support import DTYPES, Array, assert_same_bits, normal, numpy_dtype
+from support import DTYPES, Array, assert_same_bits, byte_swapped, misaligned, normal, numpy_dtype
 
 # Fold(batch, outer, groups, inner, span) of batch norm in both layouts, of ghost batches and of statistics over several
 # channels.
@@ -559,6 +560,20 @@ def test_push_one_at_a_time_is_welford() -> None:
         moments.push(np.array([value]))
     assert moments.count == 51
     np.testing.assert_allclose(moments.m2, m2, rtol=1e-6)  # 51 roundings of the mean, u·1e7 each, over σ = 0.1
+
+
+@pytest.mark.parametrize("lying", [misaligned, byte_swapped])
+def test_arrays_off_a_wire_have_the_bits_of_others(lying: Callable[[Array], Array]) -> None:
+    """Which loops run is decided by the order of the axes alone."""
+    x = (normal((1000, 5, 8), "float64") + 1e4).astype(np.float32)
+    for given, want in ((lying(x), x), (lying(x.T).T, x)):
+        plain = np.array(given.astype(np.float32), order="K")
+        assert not given.flags.aligned or not given.dtype.isnative
+        for axes in (0, 1, (0, 2)):
+            moments, of_plain = fn.Moments().push(given, axes), fn.Moments().push(plain, axes)
+            assert_same_bits(moments.mean, of_plain.mean)
+            assert_same_bits(moments.m2, of_plain.m2)
+            np.testing.assert_allclose(moments.mean, want.mean(axes, dtype=float), rtol=1e-10)  # 1e-6 of σ
 
 
 def test_merging_nothing_changes_nothing() -> None:

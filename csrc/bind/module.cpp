@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind/xla.h"
 #include "core/cuda.h"
 #include "cpu/host.h"
 #include "cpu/isa.h"
@@ -487,6 +488,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_devices", &cuda::devices);
   m.def("capturing", [](uintptr_t stream) { return cuda::capturing(reinterpret_cast<void*>(stream)); }, arg("stream"));
   m.def("apart", &apart, arg("out"), arg("others"));
+  m.def("xla_handlers", &xla_handlers);
 
   m.def("build_info", &build_info);
   m.def("select_isa", &cpu::select, arg("name"));

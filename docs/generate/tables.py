@@ -103,13 +103,15 @@ def versus(name: str, theirs: str) -> str:
 
 
 def resnet() -> str:
-    """Steps of ResNet-50, by run: how many times as fast as with torch.nn's norms."""
+    """Steps of whole models, by run: how many times as fast as with torch.nn's norms."""
     body = []
     for run in json.loads((RESULTS / "resnet-epyc-zen4-2cores.json").read_text()):
+        name = {"resnet50": "ResNet-50", "convnext": "ConvNeXt-T"}[run["model"]]
         kept = ", memory kept" if run["environment"]["malloc"] else ""
-        ratios = [run["ratios"][f"torch.nn/{form}"] for form in ("converted", "BatchNormAct")]
-        cells = [f"{each['median']:.2f} ±{(each['p90'] - each['p10']) / 2:.2f}" for each in ratios]
-        body.append(
-            [f"channels {run['layout']}{kept}", str(run["steps"]), f"{run['ms']['torch.nn']['median']:.0f}", *cells]
-        )
-    return _table(["", "steps", "torch.nn, ms", "torch.nn/converted", "torch.nn/BatchNormAct"], body)
+        ratios = [run["ratios"].get(f"torch.nn/{form}") for form in ("converted", "BatchNormAct")]
+        cells = ["–" if r is None else f"{r['median']:.2f} ±{(r['p90'] - r['p10']) / 2:.2f}" for r in ratios]
+        parts = [run["profile_ms"][form] for form in ("torch.nn", "converted")]
+        norms = " → ".join(f"{part['norms'] / sum(part.values()):.0%}" for part in parts)
+        step = f"{run['ms']['torch.nn']['median']:.0f}"
+        body.append([f"{name}, {run['dtype']}, channels {run['layout']}{kept}", step, *cells, norms])
+    return _table(["", "torch.nn, ms", "converted", "`BatchNormAct`", "norms' part"], sorted(body))

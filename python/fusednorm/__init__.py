@@ -40,6 +40,7 @@ from fusednorm.functional import (
     weight_norm_forward,
 )
 from fusednorm.layers import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, SwitchableNorm, WeightNorm
+from fusednorm.population import Population
 from fusednorm.preprocessing import Standardizer, Whitener
 from fusednorm.statistics import Moments
 
@@ -49,6 +50,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "Moments",
+    "Population",
     "RMSNorm",
     "Standardizer",
     "SwitchableNorm",

@@ -1207,6 +1207,26 @@ def _moments(x: Array, axes: int | Sequence[int]) -> tuple[float, Array, Array, 
 
 
 @foreign.on_its_device
+def _batch_moments(x: Array, axis: int, ghost: int | None, mask: Array | None) -> tuple[Array, Array, Array]:
+    """Count, mean and m2 of each channel of each ghost batch, (batches, C) float64, on x's device: those that a batch
+    norm in training takes of x."""
+    given = arrays.taken(x, "x")
+    x, layout = operands.dense(given, _batch, (axis, ghost))
+    positions = None if mask is None else operands.positions(mask, x, layout)
+    saved = layout.saved if ghost else (1, *layout.saved)
+    count, mean, m2 = arrays.empty((3, *saved), FLOAT64, beside=x)
+    for part in layout.parts:
+        folded, samples, first = part
+        rows = slice(first, first + folded.batch)
+        used: tuple[Any, ...] = (x, positions, mean, m2)
+        x_, positions_, mean_, m2_ = used if samples is None else operands.cut(part, *used)
+        queue = arrays.queue(x, folded)
+        _C.moments(folded, x_, positions_, True, count[rows], mean_, m2_, *queue)
+        arrays.launched(queue, x, count, mean, m2, positions)
+    return count, mean, m2
+
+
+@foreign.on_its_device
 def moments(
     x: Array, axes: int | Sequence[int], *, correction: float = 0, keepdims: bool = False
 ) -> tuple[Array, Array]:

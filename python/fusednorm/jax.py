@@ -11,9 +11,10 @@ Arguments, names and error words are those of :mod:`fusednorm.functional`; chann
 says otherwise. Arguments that are no arrays (eps, momentum, training, …) are Python's, known when a function is traced.
 
 **How a call goes.** XLA calls back into Python (``buffer_callback``), where the kernels read and write XLA's memory in
-place; nothing is copied. What is wrong with a call is said when it is traced, not from the callback. Not
-``jax.pure_callback``: it puts the arguments on a device again, in XLA's own threads, and waits for that in one of them;
-where all of these wait, as on a machine with one core, that is for ever.
+place; nothing is copied. Not ``jax.pure_callback``: it puts the arguments on a device again, in XLA's own threads, and
+waits for that in one of them; where all of these wait, as on a machine with one core, that is for ever. Built with
+``FUSEDNORM_XLA=ON`` beside a jaxlib, whose headers that takes, XLA calls the kernels without Python, which counts for
+small arrays; results are the same. What is wrong with a call is said when it is traced.
 
 **Gradients.** Reverse mode (``grad``, ``vjp``, ``jacrev``), and reverse mode over it for norms without an activation
 and a mask; third derivatives and forward mode (``jvp``, ``jacfwd``, ``hessian``) are errors. Running statistics are
@@ -41,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
-from fusednorm import functional, operands
+from fusednorm import _C, functional, operands
 from fusednorm.arrays import Array
 from fusednorm.functional import Activation
 from fusednorm.operands import LayoutOf
@@ -145,8 +146,49 @@ class _Callback:
 
 
 def _call(kernel: Callable[..., None], how: _How, results: tuple[Any, ...], *args: jax.Array | None) -> tuple[Any, ...]:
+    native = _native(kernel, how, results, args)
+    if native is not None:
+        return native
     called = _Callback(kernel, how, tuple(a.ndim for a in args if a is not None))
     return buffer_callback(called, results, vmap_method="expand_dims")(*args)  # type: ignore[no-any-return]
+
+
+# Called by XLA without Python (csrc/bind/xla.cpp).
+
+_HANDLERS = _C.xla_handlers()
+for _name, _handler in _HANDLERS.items():
+    jax.ffi.register_ffi_target(f"fusednorm_{_name}", _handler, platform="cpu")
+
+
+def _which(arrays: tuple[Any, ...]) -> int:
+    """A bit for each, set where it is not None."""
+    return sum(1 << i for i, a in enumerate(arrays) if a is not None)
+
+
+def _native(
+    kernel: Callable[..., None], how: _How, results: tuple[Any, ...], args: tuple[jax.Array | None, ...]
+) -> tuple[Any, ...] | None:
+    """What the call returns; None where a kernel has no handler, or would not read x as it lies."""
+    name = kernel.__name__[1:]
+    if name not in _HANDLERS:
+        return None
+    x = args[1] if kernel is _backward else args[0]
+    assert x is not None
+    layout = how.layout_of(x.shape, np.empty(x.shape, x.dtype).strides, x.dtype, *how.where)
+    if layout is None or layout.order is not None or x.size == 0:
+        return None
+    ((folded, *_),) = layout.parts
+    code, slope = functional._activation(how.activation)
+    numbers: dict[str, int] = {size: getattr(folded, size) for size in ("batch", "outer", "groups", "inner", "span")}
+    numbers |= {"center": how.center, "training": how.training, "correction": how.correction, "activation": code}
+    numbers |= {"arguments": _which(args), "results": _which(results)}
+    call = jax.ffi.ffi_call(f"fusednorm_{name}", [a for a in results if a is not None], vmap_method="sequential")
+    called = call(
+        *(a for a in args if a is not None), **{key: np.int64(number) for key, number in numbers.items()},
+        eps=np.float64(how.eps), momentum=np.float64(how.momentum), slope=np.float64(slope),
+    )  # fmt: skip
+    found = iter(called)
+    return tuple(None if a is None else next(found) for a in results)
 
 
 def _like(a: jax.Array | None) -> Any:

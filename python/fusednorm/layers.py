@@ -149,7 +149,7 @@ class _Layer:
             self._assign(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_saved"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_saved", "_estimate")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -163,6 +163,7 @@ class _Running(_Layer):
     _running_mean: Array | None
     _running_var: Array | None
     _debiased = False  # of the running statistics, which are the batches' weighted mean alone then
+    _estimate: Any = None  # while a Population runs: what takes the moments in, in place of the running statistics
 
     def __init__(
         self,
@@ -330,8 +331,9 @@ class BatchNorm(_Running):
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
     ) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`."""
-        x = self._here(x)
-        training, tracked = self.training, self.track_running_stats
+        x, estimate = self._here(x), self._estimate
+        moments = None if estimate is None else functional._batch_moments(x, self.axis, self.ghost_batch_size, mask)
+        training, tracked = self.training, self.track_running_stats and estimate is None
         batch_statistics = training or not tracked
         momentum, counted = self._weighing()
         y, mean, rstd = functional._forward(
@@ -342,8 +344,8 @@ class BatchNorm(_Running):
             self._bias,
             self.eps,
             out,
-            self._running_mean,
-            self._running_var,
+            self._running_mean if estimate is None else None,
+            self._running_var if estimate is None else None,
             batch_statistics,
             momentum,
             counted,
@@ -354,6 +356,8 @@ class BatchNorm(_Running):
         )
         if training and tracked and y.size:
             self.num_batches_tracked += 1 if mean.ndim == 1 else mean.shape[0]
+        if moments is not None:
+            estimate.add(*moments)
         self._saved.call = (x, mean, rstd, batch_statistics, residual, mask)
         return y
 
@@ -731,8 +735,10 @@ class SwitchableNorm(_Running):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`switchable_norm_forward`."""
-        x = self._here(x)
-        of_batch = self.training or not self.track_running_stats
+        x, estimate = self._here(x), self._estimate
+        moments = None if estimate is None else functional._batch_moments(x, self.axis, None, None)
+        tracked = self.track_running_stats and estimate is None
+        of_batch = self.training or not tracked
         momentum, counted = self._weighing()
         y, *saved = functional.switchable_norm_forward(
             x,
@@ -740,16 +746,18 @@ class SwitchableNorm(_Running):
             self._var_logits,
             self._weight,
             self._bias,
-            running_mean=self._running_mean,
-            running_var=self._running_var,
+            running_mean=self._running_mean if estimate is None else None,
+            running_var=self._running_var if estimate is None else None,
             training=of_batch,
             momentum=momentum if counted < 0 else 1 / (counted + 1),
             eps=self.eps,
             axis=self.axis,
             out=out,
         )
-        if of_batch and self.track_running_stats and y.size:
+        if of_batch and tracked and y.size:
             self.num_batches_tracked += 1
+        if moments is not None:
+            estimate.add(*moments)
         self._saved.call = (x, saved, of_batch)
         return y
 

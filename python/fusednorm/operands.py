@@ -254,11 +254,13 @@ def deliver(result: Array, out: Array | None, x: Array) -> Array:
 
 
 def kept_first(x: Array, reduced: frozenset[int]) -> tuple[Array, tuple[int, ...], Fold, tuple[int, ...]]:
-    """x as it lies, or a copy with the kept axes first, and which axis of x each of its axes is; its fold; and the axes
-    that its statistics run over, in their order."""
-    order = fold.memory_order(x.shape, x.strides, x.itemsize) if arrays.is_plain(x) else None
+    """x in the order it lies in, or a copy with the kept axes first, and which axis of x each of its axes is; its fold;
+    and the axes that its statistics run over, in their order."""
+    order = fold.memory_order(x.shape, x.strides, x.itemsize)
     found = None if order is None else fold.reduction(x.shape, order, reduced)
     if order is not None and found is not None:
+        if not arrays.is_plain(x):  # in the same order, so that it has the same bits as an aligned array
+            x = x.astype(x.dtype.newbyteorder("="), order="K")
         return x, tuple(range(x.ndim)), found, tuple(a for a in order if a not in reduced)
     kept = tuple(a for a in range(x.ndim) if a not in reduced)
     axes = (*kept, *sorted(reduced))

@@ -45,6 +45,7 @@ from fusednorm.torch.modules import (
     LayerNorm,
     RMSNorm,
 )
+from fusednorm.torch.population import population_statistics
 
 __all__ = [
     "BatchNorm1d",
@@ -60,5 +61,6 @@ __all__ = [
     "Report",
     "convert",
     "fold_batch_norm",
+    "population_statistics",
     "revert",
 ]

@@ -54,7 +54,7 @@ def convert(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         found = type(module)
         if found in _OURS:
-            why = _missing(module)
+            why = missing(module)
             if why:
                 report.left[name] = why
             else:
@@ -85,7 +85,7 @@ def revert(model: nn.Module) -> Report:
     return report
 
 
-def _missing(module: nn.Module) -> str:
+def missing(module: nn.Module) -> str:
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         kind = tensor.device.type
         if kind not in ("cpu", "cuda", "meta"):

@@ -13,6 +13,7 @@ Three custom ops say to PyTorch what the kernels are: ``fusednorm::norm``, ``fus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
@@ -68,11 +69,28 @@ def _array(t: Tensor | None) -> Any:
     return t.numpy() if t.is_cpu else arrays.taken(t, "a tensor")
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x itself where it is without gaps and overlaps, in any order of axes; outputs lie as this does."""
-    if x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x):
-        return x
-    return x.contiguous()
+def _is_read_in_place(x: Tensor, kind: str, size: Sequence[int]) -> bool:
+    """Without gaps and overlaps, in any order of axes, but a line's last; outputs lie as x does then."""
+    if x.is_contiguous():
+        return True
+    if kind in ("layer", "rms") and any(
+        n != 1 and stride != math.prod(size[axis + 1 :])
+        for axis, (n, stride) in enumerate(zip(size, x.stride()[x.dim() - len(size) :], strict=False))
+    ):
+        return False
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def _dense(x: Tensor, kind: str, size: Sequence[int]) -> Tensor:
+    """x, or a copy, made here: NumPy would make it on one thread."""
+    return x if _is_read_in_place(x, kind, size) else x.contiguous()
+
+
+def _as_lies(x: Tensor, a: Tensor | None) -> Tensor | None:
+    """`a`, or a copy that lies as the dense x does."""
+    if a is None or a.stride() == x.stride() or a.shape != x.shape:  # of the wrong shape: an error, further on
+        return a
+    return torch.empty_like(x, dtype=a.dtype).copy_(a)
 
 
 def _on_its_stream(kernel: Callable[..., _R]) -> Callable[..., _R]:
@@ -116,8 +134,10 @@ def _forward(
 ) -> tuple[Tensor, _Saved, Array]:  # fmt: skip
     """y, mean and rstd; running statistics change in place."""
     layout_of, how = _layout(kind, size)
+    x = _dense(x, kind, size)
+    residual = _as_lies(x, residual)
     y, mean, rstd = functional._forward(
-        _array(_dense(x)), layout_of, how, _array(weight), _array(bias), eps, None, _array(running_mean),
+        _array(x), layout_of, how, _array(weight), _array(bias), eps, None, _array(running_mean),
         _array(running_var), own, momentum, -1, _array(residual), _activation(activation, slope), _array(mask),
         kind == "instance", kind != "rms",
     )  # fmt: skip
@@ -133,9 +153,10 @@ def _backward(
     """dx, dweight, dbias and dresidual. Without an activation bias serves for nothing but the dtype of dbias, and is
     not kept for it."""
     layout_of, how = _layout(kind, size)
-    weight_ = _array(weight)
+    weight_, x = _array(weight), _dense(x, kind, size)
+    dy, residual = _as_lies(x, dy), _as_lies(x, residual)
     dx, dweight, dbias, dresidual = functional._backward(
-        _array(dy), _array(_dense(x)), layout_of, how, mean, rstd, weight_, weight_ if bias is None else _array(bias),
+        _array(dy), _array(x), layout_of, how, mean, rstd, weight_, weight_ if bias is None else _array(bias),
         None, not own, _array(residual), _activation(activation, slope), _array(mask),
     )  # fmt: skip
     return to_torch(dx), to_torch(dweight), to_torch(dbias), None if dresidual is None else to_torch(dresidual)
@@ -149,12 +170,19 @@ def _double_backward(
     layout_of, how = _layout(kind, size)
     # Several passes, between which half types would round.
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    v_, dy_, x_ = (_array(t.to(wide)) for t in (v, dy, _dense(x)))
+    x = _dense(x, kind, size)
+    v_, dy_, x_ = (_array(t.to(wide)) for t in (v, dy, x))
     found = functional._double_backward(
         v_, dy_, x_, layout_of, how, mean, rstd, _array(weight), _array(cweight), _array(cbias), not own
     )
     ddy, dx, dweight = (to_torch(a) for a in found)
     return ddy.to(x.dtype), dx.to(x.dtype), dweight
+
+
+@_on_its_stream
+def batch_moments(x: Tensor, mask: Tensor | None) -> tuple[Array, Array, Array]:
+    """Count, mean and m2 of each channel, (1, C) float64."""
+    return functional._batch_moments(_array(_dense(x, "batch", ())), 1, None, _array(mask))
 
 
 # PyTorch's ops, on the CPU and on a GPU.
@@ -213,9 +241,9 @@ for _name, _kernel in (
 # The ops' shapes.
 
 
-def _like(x: Tensor) -> Tensor:
-    dense = x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
-    return torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)
+def _like(x: Tensor, kind: str, size: Sequence[int]) -> Tensor:
+    in_place = _is_read_in_place(x, kind, size)
+    return torch.empty_like(x) if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _parameters(x: Tensor, kind: str, size: Sequence[int]) -> tuple[int, ...]:
@@ -238,7 +266,7 @@ def _norm_shapes(
     rstd = x.new_empty(saved, dtype=torch.float64)
     mean = x.new_empty(0 if kind == "rms" else saved, dtype=torch.float64)
     running = (torch.empty_like(a) if own and a is not None else _none(x) for a in (running_mean, running_var))
-    return (_like(x), mean, rstd, *running)
+    return (_like(x, kind, size), mean, rstd, *running)
 
 
 @torch.library.register_fake("fusednorm::norm_backward", lib=_LIBRARY)
@@ -249,7 +277,7 @@ def _norm_backward_shapes(
     shape = _parameters(x, kind, size)
     of_weight, of_bias = (_gradient_dtype(x, a) for a in (weight, weight if bias is None else bias))
     gradients = x.new_empty(shape, dtype=of_weight), x.new_empty(shape, dtype=of_bias)
-    return (_like(x), *gradients, _none(x) if residual is None else _like(x))
+    return (_like(x, kind, size), *gradients, _none(x) if residual is None else _like(x, kind, size))
 
 
 @torch.library.register_fake("fusednorm::norm_double_backward", lib=_LIBRARY)
@@ -258,7 +286,7 @@ def _norm_double_backward_shapes(
     weight: Tensor | None, kind: str, size: Sequence[int], *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dweight = x.new_empty(_parameters(x, kind, size), dtype=_gradient_dtype(x, weight))
-    return _like(x), _like(x), dweight
+    return _like(x, kind, size), _like(x, kind, size), dweight
 
 
 # Their gradients.
