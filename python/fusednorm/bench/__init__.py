@@ -124,7 +124,7 @@ def _plain(norm: str, shape: tuple[int, ...], dtype: str) -> list[Case]:
         options |= {"groups": math.gcd(32, shape[1])}
     return [
         Case(
-            name=f"{norm}-{'x'.join(map(str, lying))}-axis{axis}-{dtype}",
+            name=f"{'x'.join(map(str, lying))}-axis{axis}-{dtype}" + ("" if norm == "batch" else f"-norm_{norm}"),
             shape=lying,
             axis=axis,
             training=training,
