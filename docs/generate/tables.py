@@ -30,13 +30,14 @@ def errors(of: str) -> str:
 
 
 def machine() -> str:
-    """Of every run of fusednorm bench."""
-    rows = []
+    """Of the runs of fusednorm bench: those with all the same in a row."""
+    runs: dict[tuple[str, ...], list[str]] = {}
     for name, run in figures.runs().items():
         where = dict(report.where(run))
-        rows.append([f"[{name}](../benchmarks/results/{name})", where["CPU"], where["threads"],
-                     where["instruction set"], where["versions"], where["date"]])  # fmt: skip
-    return _table(["run", "CPU", "threads", "instruction set", "versions", "date"], rows, texts=6)
+        machine = tuple(where[key] for key in ("CPU", "caches", "threads", "instruction set", "versions"))
+        runs.setdefault(machine, []).append(f"[{name}](../benchmarks/results/{name}), {where['date']}")
+    rows = [["<br>".join(links), *machine] for machine, links in runs.items()]
+    return _table(["runs", "CPU", "caches", "threads", "instruction set", "versions"], rows, texts=6)
 
 
 def norms() -> str:
