@@ -401,6 +401,8 @@ def test_ranks_without_batches() -> None:
 
 def test_ranks_with_other_layers() -> None:
     class Wrong:
+        rank, size = 0, 2
+
         def allgather(self, array: Array, /) -> Array:
             return np.stack([array[:-1]] * 2)
 
