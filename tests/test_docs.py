@@ -22,7 +22,7 @@ from fusednorm import arrays
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
-NEEDS = ("torch", "jax", "sklearn", "ml_dtypes", "matplotlib", "gpu")
+NEEDS = ("torch", "jax", "sklearn", "ml_dtypes", "matplotlib", "mpi4py", "dask", "gpu")
 _FENCE = re.compile(r"^( *)```(\S*).*$")
 _MARKER = re.compile(r"<!-- needs: (.+) -->")
 
