@@ -750,7 +750,8 @@ class Own(nn.LayerNorm):
 
 def mixed() -> Any:
     norms = [getattr(nn, name)(*args) for name, args, _ in MODULES]
-    return nn.Sequential(*norms, Own(4), nn.SyncBatchNorm(4), nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4)))
+    others = nn.SyncBatchNorm(4), nn.LazyBatchNorm1d(), nn.Sequential(nn.BatchNorm1d(4))
+    return nn.Sequential(*norms, Own(4), *others)
 
 
 def test_convert_and_revert() -> None:
@@ -760,10 +761,12 @@ def test_convert_and_revert() -> None:
     before = {name: (module, dict(module.__dict__)) for name, module in model.named_modules()}
     state = dict([*model.named_parameters(), *model.named_buffers()])
     report = fnt.convert(model)
-    assert list(report.done) == [*map(str, range(len(MODULES))), f"{len(MODULES) + 3}.0"]
-    assert list(report.left) == [str(len(MODULES)), str(len(MODULES) + 1)]
+    synchronized, lazy, nested = (str(len(MODULES) + 1), str(len(MODULES) + 2), f"{len(MODULES) + 3}.0")
+    assert list(report.done) == [*map(str, range(len(MODULES))), synchronized, nested]
+    assert list(report.left) == [str(len(MODULES)), lazy]
     assert "Own is a kind of LayerNorm of its own" in str(report)
-    assert "SyncBatchNorm is without a counterpart" in str(report)
+    assert "LazyBatchNorm1d is without a counterpart" in str(report)
+    assert type(model[len(MODULES) + 1]) is fnt.SyncBatchNorm
     for i, (name, _, _) in enumerate(MODULES):
         assert type(model[i]) is getattr(fnt, name)
     assert type(model[len(MODULES)]) is Own
@@ -783,6 +786,7 @@ def test_convert_and_revert() -> None:
     assert list(fnt.convert(root).done) == [""]
     assert type(root) is fnt.BatchNorm1d
     assert "BatchNormAct has no counterpart" in str(fnt.revert(fnt.BatchNormAct(4)))
+    assert "SyncBatchNorm has no counterpart" in str(fnt.revert(fnt.SyncBatchNorm(4, activation="relu")))
 
 
 def test_a_converted_model_computes_the_same() -> None:

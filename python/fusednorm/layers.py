@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from fusednorm import arrays, conventions, functional
+from fusednorm import arrays, conventions, distributed, functional
 from fusednorm.arrays import Array
 from fusednorm.functional import Activation
 
@@ -246,6 +246,11 @@ class BatchNorm(_Running):
     device : "cpu", "cuda" or "cuda:0", "cuda:1", …
         Where x and the layer's arrays are: NumPy's on the CPU, CuPy's on a GPU. RuntimeError, with the reason, where
         there is no such device.
+    process_group : optional
+        Whose processes share the statistics of training: an mpi4py communicator, or another of those that
+        :mod:`fusednorm.distributed` names. Every rank has such a layer and calls it, with its part of the batch, and
+        its :meth:`backward`, each time the others do; weight_grad and bias_grad are sums over that part. With
+        `ghost_batch_size`, the k-th ghost batches of all ranks are one. Evaluation takes no part.
 
     Attributes
     ----------
@@ -256,12 +261,16 @@ class BatchNorm(_Running):
     num_batches_tracked : int
         Batches (ghost batches, where there are) that the running statistics have seen.
     training : bool
+    process_group
+        As given, or None. Assigning one, or None, makes the layer another group's, or its own process's.
 
     Notes
     -----
     A call keeps references to x and residual, and the gradients are those of x as it is when :meth:`backward` runs: do
     not write to x in between. What is kept belongs to the calling thread, and is neither copied nor pickled. Several
     threads may evaluate one layer at once; training from several needs the caller's lock.
+
+    A copy, and what was pickled, has no process_group: assign it, on every rank.
     """
 
     _norm: ClassVar[str] = "batch"
@@ -280,6 +289,7 @@ class BatchNorm(_Running):
         correction: int = 1,
         dtype: Any = "float32",
         device: str = "cpu",
+        process_group: Any = None,
     ) -> None:
         functional._activation(activation)
         functional._check_ghosts(ghost_batch_size)
@@ -288,6 +298,18 @@ class BatchNorm(_Running):
         self.ghost_batch_size = ghost_batch_size
         self.correction = correction
         super().__init__(num_features, eps, momentum, affine, track_running_stats, axis, dtype, device)
+        self.process_group = process_group
+
+    @property
+    def process_group(self) -> Any:
+        return None if self._sync is None else self._sync.given
+
+    @process_group.setter
+    def process_group(self, given: Any) -> None:
+        self._sync = None if given is None else distributed.Sync(given, self.num_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_sync": None}
 
     @classmethod
     def from_convention(
@@ -330,12 +352,24 @@ class BatchNorm(_Running):
     def __call__(
         self, x: Array, residual: Array | None = None, mask: Array | None = None, *, out: Array | None = None
     ) -> Array:
-        """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`."""
-        x, estimate = self._here(x), self._estimate
-        moments = None if estimate is None else functional._batch_moments(x, self.axis, self.ghost_batch_size, mask)
+        """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`, and in
+        a process group as :func:`fusednorm.distributed.forward`."""
+        estimate = self._estimate
         training, tracked = self.training, self.track_running_stats and estimate is None
-        batch_statistics = training or not tracked
         momentum, counted = self._weighing()
+        if self._sync is not None and training and estimate is None:
+            y, call = distributed.forward(
+                self._sync, x, self._weight, self._bias, self._running_mean, self._running_var, momentum, counted,
+                self.eps, self.axis, residual, self.activation, self.ghost_batch_size, mask, self.correction, out,
+                self.device,
+            )  # fmt: skip
+            if tracked:
+                self.num_batches_tracked += call.batches
+            self._saved.call = (x, call, None, True, residual, mask)
+            return y
+        x = self._here(x)
+        moments = None if estimate is None else functional._batch_moments(x, self.axis, self.ghost_batch_size, mask)
+        batch_statistics = training or not tracked
         y, mean, rstd = functional._forward(
             x,
             functional._batch,
@@ -364,24 +398,33 @@ class BatchNorm(_Running):
     def backward(self, dy: Array, *, out: Array | None = None) -> Any:
         """dx, or (dx, dresidual) if the last call of this thread had a residual; sets weight_grad and bias_grad.
 
-        Raises RuntimeError where there was no call since the last backward.
+        Raises RuntimeError where there was no call since the last backward; in a process group as
+        :func:`fusednorm.distributed.backward`.
         """
         x, mean, rstd, batch_statistics, residual, mask = self._last_call()
-        dx, dweight, dbias, *dresidual = functional.batch_norm_backward(
-            dy,
-            x,
-            mean,
-            rstd,
-            self._weight,
-            self._bias,
-            training=batch_statistics,
-            axis=self.axis,
-            residual=residual,
-            activation=self.activation,
-            ghost_batch_size=self.ghost_batch_size,
-            mask=mask,
-            out=out,
-        )
+        dresidual: tuple[Array, ...] | list[Array]
+        if isinstance(mean, distributed.Call):
+            dx, dweight, dbias, of_residual = distributed.backward(
+                mean, dy, x, self._weight, self._bias, self.axis, residual, self.activation, self.ghost_batch_size,
+                mask, out,
+            )  # fmt: skip
+            dresidual = () if of_residual is None else (of_residual,)
+        else:
+            dx, dweight, dbias, *dresidual = functional.batch_norm_backward(
+                dy,
+                x,
+                mean,
+                rstd,
+                self._weight,
+                self._bias,
+                training=batch_statistics,
+                axis=self.axis,
+                residual=residual,
+                activation=self.activation,
+                ghost_batch_size=self.ghost_batch_size,
+                mask=mask,
+                out=out,
+            )
         self._saved.call = None
         self.weight_grad = None if self._weight is None else dweight
         self.bias_grad = None if self._bias is None else dbias

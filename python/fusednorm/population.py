@@ -6,25 +6,19 @@ docs/population.md says which estimator is which, and when they differ.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fusednorm import arrays
 from fusednorm.arrays import Array
+from fusednorm.distributed import group_of
 from fusednorm.layers import BatchNorm, SwitchableNorm
 from fusednorm.statistics import Moments
 
 __all__ = ["Population"]
 
 ESTIMATORS = ("exact", "paper", "cumulative")
-
-
-class Group(Protocol):
-    """What is needed of a group of processes."""
-
-    def allgather(self, numbers: Array, /) -> Any:
-        """All ranks' `numbers`, float64 (n,), in the order of the ranks: (ranks, n), or as many arrays (n,)."""
 
 
 class Estimate:
@@ -75,12 +69,12 @@ class Estimate:
         self.seen.merge(Moments(*state[1:].reshape(3, *self.seen.mean.shape)))
 
 
-def merged(estimates: Sequence[Estimate], group: Group | None) -> None:
+def merged(estimates: Sequence[Estimate], process_group: Any) -> None:
     """Each estimate becomes that of all ranks, merged in their order: the same bits on each. One gather for all."""
-    if group is None:
+    if process_group is None:
         return
     own = [estimate._state() for estimate in estimates]
-    gathered = np.asarray(group.allgather(np.concatenate(own)))
+    gathered = np.asarray(group_of(process_group).allgather(np.concatenate(own)))
     ends = np.cumsum([state.size for state in own])
     if gathered.ndim != 2 or gathered.shape[1] != ends[-1]:
         raise ValueError(
@@ -119,10 +113,10 @@ class Population:
         weighing the same whatever its size (Ioffe & Szegedy 2015, Algorithm 2). "cumulative": the average of the
         batches' running updates, as ``momentum=None`` gives, which is the paper's but for a layer whose correction
         is 0; in float64, rounded once. With ghost batches, these are the batches.
-    process_group : object with an `allgather`, optional
-        The batches of all ranks are merged at the end, in the order of the ranks, by one
-        ``allgather(numbers) -> (ranks, n)`` of float64. Ranks may have different numbers of batches, or none. If one
-        rank raises before, the others wait for it.
+    process_group : optional
+        A communicator, as :mod:`fusednorm.distributed` takes them: the batches of all ranks are merged at the end, in
+        the order of the ranks, by one gather. Ranks may have different numbers of batches, or none; so a layer's own
+        process_group takes no part meanwhile. If one rank raises before, the others wait for it.
 
     Raises
     ------
@@ -142,7 +136,7 @@ class Population:
         self,
         *layers: BatchNorm | SwitchableNorm,
         estimator: str = "exact",
-        process_group: Group | None = None,
+        process_group: Any = None,
     ) -> None:
         self.layers = layers
         self.estimator = estimator

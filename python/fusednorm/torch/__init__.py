@@ -28,10 +28,15 @@ CUDA, PyTorch's autocast makes the results of layer, group and RMS norm float32 
 **Memory.** y has x's shape and strides, channels last included; where x has gaps or overlaps, y is contiguous. On a GPU
 tensors are CuPy's arrays on PyTorch's current stream; that way has not been run on a GPU yet.
 
+**Several processes**: `SyncBatchNorm` has the statistics of all of a process group's, on the CPU, too, and
+`convert_sync_batchnorm` puts it in the place of a model's batch norms. It has first gradients only, and a compiler
+breaks the graph there; without a process group to share with it is an ordinary batch norm.
+
 **vmap** calls the kernel for each entry. As in PyTorch, a batch norm that tracks statistics cannot be mapped in
 training, because its buffers are not.
 """
 
+from fusednorm.torch.distributed import SyncBatchNorm, convert_sync_batchnorm
 from fusednorm.torch.models import Report, convert, fold_batch_norm, revert
 from fusednorm.torch.modules import (
     BatchNorm1d,
@@ -59,7 +64,9 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "Report",
+    "SyncBatchNorm",
     "convert",
+    "convert_sync_batchnorm",
     "fold_batch_norm",
     "population_statistics",
     "revert",

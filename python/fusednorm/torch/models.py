@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from fusednorm import arrays
 from fusednorm.torch import modules
+from fusednorm.torch.distributed import SyncBatchNorm
 
 __all__ = ["Report", "convert", "fold_batch_norm", "revert"]
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(modules, name) for name in modules.__all__ if hasattr(nn, name)
-}
+} | {nn.SyncBatchNorm: SyncBatchNorm}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _NORMS = (batchnorm._NormBase, instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -44,7 +45,8 @@ class Report:
 
 
 def convert(model: nn.Module) -> Report:
-    """Let every BatchNorm, LayerNorm, RMSNorm, GroupNorm and InstanceNorm of torch.nn in `model` compute here.
+    """Let every BatchNorm, SyncBatchNorm, LayerNorm, RMSNorm, GroupNorm and InstanceNorm of torch.nn in `model` compute
+    here.
 
     Modules stay the same objects and only change their class, so parameters, buffers, hooks, training flags and all
     references to them stay, too. Subclasses are left as they are, since they may compute something else. Modules on a
@@ -72,13 +74,14 @@ def convert(model: nn.Module) -> Report:
 def revert(model: nn.Module) -> Report:
     """Undo :func:`convert`: every module of fusednorm's that torch.nn has, too, becomes torch.nn's again.
 
-    A BatchNormAct is left, since torch.nn has no such module. Returns a report.
+    A BatchNormAct is left, since torch.nn has no such module, and a SyncBatchNorm with an activation. Returns a report.
     """
     report = Report()
     for name, module in model.named_modules():
         found = type(module)
-        if found in _THEIRS:
+        if found in _THEIRS and getattr(module, "activation", None) is None:
             module.__class__ = _THEIRS[found]
+            module.__dict__.pop("_sync", None)
             report.done[name] = f"{found.__name__} is torch.nn's again"
         elif isinstance(module, (*_THEIRS, modules.BatchNormAct)):
             report.left[name] = f"{found.__module__}.{found.__qualname__} has no counterpart in torch.nn"

@@ -87,12 +87,16 @@ class BatchNormAct(_BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """y like `input`, (N, C, *); `residual` is like it, in the same dtype except under autocast; `mask` boolean,
         (N, *), True where a position counts for the statistics."""
-        if residual is not None and residual.dtype != input.dtype and torch.is_autocast_enabled(input.device.type):
-            residual = residual.to(input.dtype)
         activation, slope = self.activation, 0.01
         if isinstance(activation, tuple):
             activation, slope = activation
-        return self._normalized(input, residual, mask, activation, slope)
+        return self._normalized(input, self._alike(residual, input), mask, activation, slope)
+
+    def _alike(self, residual: Tensor | None, input: Tensor) -> Tensor | None:
+        """The residual, under autocast in the input's dtype."""
+        if residual is None or residual.dtype == input.dtype or not torch.is_autocast_enabled(input.device.type):
+            return residual
+        return residual.to(input.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.modules import batchnorm
 
 from fusednorm import population
-from fusednorm.population import Estimate, Group
+from fusednorm.population import Estimate
 from fusednorm.torch import modules, ops
+from fusednorm.torch.distributed import SyncBatchNorm
 from fusednorm.torch.models import Report, missing
 
 __all__ = ["population_statistics"]
@@ -33,7 +34,7 @@ def population_statistics(
     *,
     call: Callable[[nn.Module, Any], Any] = _called,
     progress: bool | None = None,
-    process_group: Group | None = None,
+    process_group: Any = None,
 ) -> Report:
     """Estimate the running statistics of all batch norms in `model`, torch.nn's and these, anew: one pass over
     `batches`, without gradients, after training.
@@ -101,11 +102,16 @@ def population_statistics(
 def _estimating(model: nn.Module, estimates: list[tuple[Any, Estimate]]) -> Iterator[None]:
     """The modules' inputs are taken in. A batch norm that trains and tracks nothing writes nothing."""
     training = [(module, module.training) for module in model.modules()]
+    # Synchronized ones are for themselves: ranks may have different numbers of batches.
+    synchronized = [module for module, _ in estimates if isinstance(module, SyncBatchNorm)]
+    classes = [type(module) for module in synchronized]
     tracking = [(module, module.track_running_stats) for module, _ in estimates]
     hooks = []
     try:
         for module, _ in training:
             module.training = False
+        for module in synchronized:
+            module.__class__ = modules.BatchNormAct
         for module, estimate in estimates:
             module.training, module.track_running_stats = True, False
             hooks.append(module.register_forward_pre_hook(_taking(module, estimate), with_kwargs=True))
@@ -114,6 +120,8 @@ def _estimating(model: nn.Module, estimates: list[tuple[Any, Estimate]]) -> Iter
     finally:
         for hook in hooks:
             hook.remove()
+        for module, own in zip(synchronized, classes, strict=True):
+            module.__class__ = own
         for module, flag in training:
             module.training = flag
         for module, flag in tracking:
