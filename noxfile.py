@@ -17,14 +17,16 @@ nox.options.sessions = ["tests", "lint", "types"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 LEAST = "v2" if X86 else "baseline"  # instruction set
 GATED = (75, 80, 90, 100, 120)  # CUDA architectures: the first and each that changed how kernels compile since
-LINT = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "lint")
+PROJECT = nox.project.load_toml("pyproject.toml")
+LINT = nox.project.dependency_groups(PROJECT, "lint")
+DOCS = nox.project.dependency_groups(PROJECT, "docs")
 
 
-def install(session: nox.Session, what: str, **environment: str) -> None:
+def install(session: nox.Session, what: str, *options: str, **environment: str) -> None:
     """Build and install, in a build folder of the session's own: build/ belongs to `pip install`. Without CUDA, unless
     the session is about it."""
     environment = {"FUSEDNORM_CUDA": "OFF"} | environment
-    session.install(what, "-C", f"build-dir={session.create_tmp()}/build", env=environment)
+    session.install(what, "-C", f"build-dir={session.create_tmp()}/build", *options, env=environment)
 
 
 @nox.session
@@ -36,23 +38,32 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="torch")
 def with_torch(session: nox.Session) -> None:
-    """fusednorm.torch, several processes under gloo, and the examples, with PyTorch; arguments go to pytest, such as
-    --slow for what compiles kernels besides."""
+    """fusednorm.torch, several processes under gloo, the examples and the documentation's blocks, with PyTorch;
+    arguments go to pytest, such as --slow for what compiles kernels besides."""
     install(session, ".[test,torch]")
-    files = ("test_torch.py", "test_torch_population.py", "test_distributed.py", "test_examples.py")
-    session.run("pytest", *(f"tests/{file}" for file in files), *session.posargs)
+    files = ("test_torch", "test_torch_population", "test_distributed", "test_examples", "test_docs")
+    session.run("pytest", *(f"tests/{name}.py" for name in files), *session.posargs)
 
 
 @nox.session(name="jax")
 def with_jax(session: nox.Session) -> None:
-    """fusednorm.jax, with JAX: called back by XLA, then called by it without Python. Arguments go to pytest, such as
-    --slow for the whole list of cases."""
+    """fusednorm.jax and the documentation's blocks, with JAX: called back by XLA, then called by it without Python.
+    Arguments go to pytest, such as --slow for the whole list of cases."""
     install(session, ".[test,jax]")
-    session.run("pytest", "tests/test_jax.py", *session.posargs)
-    session.install("cmake", "ninja", *nox.project.load_toml("pyproject.toml")["build-system"]["requires"])
+    session.run("pytest", "tests/test_jax.py", "tests/test_docs.py", *session.posargs)
+    session.install("cmake", "ninja", *PROJECT["build-system"]["requires"])
     session.install("--no-build-isolation", "--no-deps", ".", "-C", f"build-dir={session.create_tmp()}/xla",
                     env={"FUSEDNORM_CUDA": "OFF", "FUSEDNORM_XLA": "ON", "FUSEDNORM_WERROR": "ON"})  # fmt: skip
     session.run("pytest", "tests/test_jax.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, warnings as errors, in build/site; -- serve shows it while it is written."""
+    # The figures are computed by the library, whose time is of no interest here: it is compiled in a sixth of the time.
+    install(session, ".", "-C", "cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O0", FUSEDNORM_KERNELS=LEAST)
+    session.install(*DOCS)
+    session.run("mkdocs", *(session.posargs or ["build"]), env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session
@@ -126,6 +137,7 @@ def cuda(session: nox.Session) -> None:
     install(session, ".[test]", FUSEDNORM_CUDA="EMULATED")
     others = [one for one in session.posargs if one not in update]
     session.run("pytest", "-q", "tests/test_cuda.py", "tests/test_cuda_cli.py", *others)
+    session.run("pytest", "-q", "-k", "gpu", "tests/test_docs.py", env={"PYTHONPATH": "tests/cuda_emulator"})
     session.run("pytest", "-q", "--slow", "tests/test_cuda_sanitizers.py")
 
 

@@ -16,10 +16,11 @@ import fusednorm
 import numpy as np
 import pytest
 from fusednorm import _C, bench
+from fusednorm.bench import report
 from fusednorm.bench.contenders import ours, torch_peer
 from fusednorm.bench.timing import Contender, interleaved
 from fusednorm.cli import main
-from fusednorm.testing.cases import BENCH, BENCH_CUDA, Case, expected, make, numpy_dtype
+from fusednorm.testing.cases import BENCH, BENCH_CUDA, NORMS, Case, expected, make, numpy_dtype
 
 
 def test_info_names_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +57,10 @@ def test_module_runs_as_a_program() -> None:
         ["bench", "--threads", "0"],
         ["bench", "--threads", "1", "--device", "cuda"],
         ["bench", "--compile"],
+        ["bench", "--peers", "cudnn"],
+        ["bench", "--device", "cuda", "--peers", "torch"],
+        ["bench", "--plot", "results.jpeg"],
+        ["bench", "--json", "no-such-folder/results.json"],
         ["selftest", "--device", "gpu"],
         ["demo", "--optimizer", "guess"],
         ["demo", "--epochs", "0"],
@@ -127,7 +132,7 @@ def test_selftest_json_tells_failures(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_selftest_of_no_case_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["selftest", "--filter", "no such case"]) == 1
+    assert main(["selftest", "--filter", "no such case"]) == 2
     assert "no such case" in capsys.readouterr().err
 
 
@@ -155,6 +160,70 @@ def test_bench_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     assert main(["bench", "--from", str(file), "--markdown"]) == 0
     assert capsys.readouterr().out == bench.table(results)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_bench_takes_a_shape_of_every_norm(norm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--norm", norm, "--shape", "4,6,5,5", "--repeat", "1", "--peers", "none", "--json", "-"]
+    assert main(arguments) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["failed"] == []
+    rows = results["rows"]
+    layouts = ["first"] if norm in ("layer", "rms", "weight") else ["first", "last"]
+    passes = ["forward", "backward", *(["eval"] if norm == "batch" else [])]
+    assert [(row["layout"], row["pass"]) for row in rows] == list(itertools.product(layouts, passes))
+    for row in rows:
+        assert row["norm"] == norm
+        assert row["wrong"] == []
+        assert set(row["ms"]) == {"copy", "ours_out", "ours"}
+
+
+def test_bench_compares_with_a_saved_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+
+    def run(name: str, copies: float, shape: list[int]) -> str:
+        spread = {"median": copies, "p10": copies, "p90": copies}
+        row = {"norm": "batch", "shape": shape, "layout": "flat", "dtype": "float32", "pass": "forward", "wrong": [],
+               "residual": False, "activation": None, "checked": [1, 1], "ratios": {"ours_out/copy": spread},
+               "ms": {"copy": spread, "ours_out": spread, "ours": spread}}  # fmt: skip
+        path = tmp_path / name
+        path.write_text(json.dumps({"environment": bench.environment(), "rows": [row]}))
+        return str(path)
+
+    now, before, other = run("now", 2.0, [64, 32]), run("before", 3.0, [64, 32]), run("other", 3.0, [64, 33])
+    for more in ([], ["--markdown"]):
+        assert main(["bench", "--from", now, "--compare", before, *more]) == 0
+        text = capsys.readouterr().out
+        assert "3.00 ±0.00" in text
+        assert "beside the copy, 1.50 times as fast as before (geometric mean of 1 rows)" in " ".join(text.split())
+    assert main(["bench", "--from", now, "--compare", other]) == 0
+    text = capsys.readouterr().out
+    assert "3.00" not in text
+    assert "as before" not in text
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
+@pytest.mark.parametrize("option", ["--from", "--compare"])
+def test_bench_says_what_is_wrong_with_a_saved_run(
+    option: str, text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    if text is not None:
+        path.write_text(text)
+    assert main(["bench", "--markdown", option, str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"fusednorm bench: cannot read {path}: ")
+
+
+def test_the_share_of_the_copy_counts_what_must_move() -> None:
+    """Half of the copy's time for as many bytes is its full bandwidth for twice as many."""
+    row = {"pass": "forward", "residual": False, "activation": None, "ratios": {"ours_out/copy": {"median": 2.0}}}
+    assert [report.floor(row | more) for more in (
+        {}, {"pass": "backward"}, {"residual": True}, {"pass": "backward", "residual": True},
+        {"pass": "backward", "residual": True, "activation": "relu"}, {"floor": 7},
+    )] == [2, 3, 3, 4, 5, 7]  # fmt: skip
+    assert report.share(row) == 0.5
+    assert report.share(row | {"pass": "backward"}) == 0.75
+    assert report.share(row | {"floor": 4, "ratios": {"copy/ours_out": {"median": 0.25}}}) == 0.5
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])

@@ -471,6 +471,8 @@ class InstanceNorm(_Running):
     track_running_stats : bool
         Whether there are running statistics.
 
+    Notes
+    -----
     Attributes and what a call keeps are those of :class:`BatchNorm`.
     """
 
@@ -548,6 +550,8 @@ class GroupNorm(_Layer):
     axis, dtype, device
         As in :class:`BatchNorm`.
 
+    Notes
+    -----
     Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same. ValueError
     where `num_channels` is not divisible by `num_groups`.
     """
@@ -618,6 +622,8 @@ class LayerNorm(_Layer):
     dtype, device
         As in :class:`BatchNorm`.
 
+    Notes
+    -----
     Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same.
     """
 
@@ -730,6 +736,8 @@ class SwitchableNorm(_Running):
     mean_logits_grad, var_logits_grad : arrays or None
         Set by :meth:`backward`, in the parameter's dtype.
 
+    Notes
+    -----
     The other attributes, and what a call keeps, are those of :class:`BatchNorm`.
     """
 

@@ -118,9 +118,12 @@ class Population:
         the order of the ranks, by one gather. Ranks may have different numbers of batches, or none; so a layer's own
         process_group takes no part meanwhile. If one rank raises before, the others wait for it.
 
-    Entering raises TypeError for other layers, RuntimeError for those without running statistics and those of which a
-    Population is taken already, ValueError for an unknown estimator. Leaving raises ValueError, and changes no layer,
-    where one saw no batch (on any rank), or too few values, or values that are not finite.
+    Raises
+    ------
+    TypeError, RuntimeError, ValueError
+        Entering raises TypeError for other layers, RuntimeError for those without running statistics and those of
+        which a Population is taken already, ValueError for an unknown estimator. Leaving raises ValueError, and changes
+        no layer, where one saw no batch (on any rank), or too few values, or values that are not finite.
 
     Notes
     -----

@@ -16,6 +16,7 @@ not as it should be. Rows of a GPU have other contenders and more to tell: :mod:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -28,7 +29,7 @@ from fusednorm import reference
 from fusednorm.bench.contenders import PASSES, Cpu
 from fusednorm.bench.environment import environment, versions
 from fusednorm.bench.gpu import Gpu
-from fusednorm.bench.report import label, loses, plot, summary, table
+from fusednorm.bench.report import beside, label, loses, plot, summary, table
 from fusednorm.bench.timing import Contender, interleaved, ratio, spread
 from fusednorm.testing.cases import (
     BENCH,
@@ -50,6 +51,7 @@ __all__ = [
     "Cpu",
     "Gpu",
     "Row",
+    "beside",
     "environment",
     "interleaved",
     "label",
@@ -90,18 +92,13 @@ def select(
     """Cases of ``BENCH``, of ``BENCH_CUDA`` for a GPU; or, where shapes are given, plain ones of these.
 
     Args:
+        norm: only this one; of given shapes batch norm unless another is named.
         layout: ``first``, ``last`` or ``all``.
         shapes: N, C and the spatial sizes, whatever the layout.
         quick: of the list only what is tagged so.
     """
     if shapes:
-        found = [
-            Case(name="", shape=lying, axis=axis, dtype=dtype or "float32", training=training)
-            for shape in shapes
-            for lying, axis in ((shape, 1), ((shape[0], *shape[2:], shape[1]), -1))[: 2 if len(shape) > 2 else 1]
-            for training in (True, False)
-        ]
-        found = [replace(c, name=f"{'x'.join(map(str, c.shape))}-axis{c.axis}-{c.dtype}") for c in found]
+        found = [each for shape in shapes for each in _plain(norm or "batch", shape, dtype or "float32")]
     else:
         listed = BENCH if device == "cpu" else BENCH_CUDA
         found = [case for case in listed if not quick or "quick" in case.tags]
@@ -114,11 +111,36 @@ def select(
     ]
 
 
+def _plain(norm: str, shape: tuple[int, ...], dtype: str) -> list[Case]:
+    """The cases of one norm and shape, in both layouts where it has channels and positions."""
+    options: dict[str, Any] = {"norm": norm, "dtype": dtype, "running": norm in ("batch", "switchable")}
+    lyings = [(shape, 1)]
+    if norm == "weight":
+        options |= {"eps": 0.0}
+        lyings = [(shape, 0)]
+    elif norm not in ("layer", "rms") and len(shape) > 2:
+        lyings += [((shape[0], *shape[2:], shape[1]), -1)]
+    if norm == "group":
+        options |= {"groups": math.gcd(32, shape[1])}
+    return [
+        Case(
+            name=f"{'x'.join(map(str, lying))}-axis{axis}-{dtype}" + ("" if norm == "batch" else f"-norm_{norm}"),
+            shape=lying,
+            axis=axis,
+            training=training,
+            **options,
+        )
+        for lying, axis in lyings
+        for training in (True, False)[: 2 if norm == "batch" else 1]
+    ]
+
+
 def run(
     cases: Sequence[Case],
     passes: Sequence[str] = PASSES,
     *,
     machine: Cpu | Gpu | None = None,
+    peers: Sequence[str] | None = None,
     repeat: int | None = None,
     seconds: float | None = None,
     report: Callable[[Case, str], object] = lambda case, pass_: None,
@@ -127,6 +149,7 @@ def run(
 
     Args:
         machine: where; None: ``Cpu()``.
+        peers: who is measured beside ours and the copy, of ``machine.peers``; None: all.
         repeat: rounds of each measurement; None: at least 7, and 0.2 s.
         seconds: no case is begun later than that; None: all are measured.
         report: told what comes next, before it is measured.
@@ -143,7 +166,7 @@ def run(
                 left_out.append(f"{case.name}: too large for the memory")
             else:
                 try:
-                    rows += measure(case, passes, machine=place, repeat=repeat, report=report)
+                    rows += measure(case, passes, machine=place, peers=peers, repeat=repeat, report=report)
                 except Exception as error:  # what was measured before is not lost
                     failed.append(f"{case.name}: {type(error).__name__}: {error}")
         where |= place.environment()
@@ -155,6 +178,7 @@ def measure(
     passes: Sequence[str] = PASSES,
     *,
     machine: Cpu | Gpu | None = None,
+    peers: Sequence[str] | None = None,
     repeat: int | None = None,
     report: Callable[[Case, str], object] = lambda case, pass_: None,
 ) -> list[Row]:
@@ -188,7 +212,11 @@ def measure(
         rows.append(row)
         if wrong:
             continue
-        entrants = machine.contenders(case, inputs, pass_)
+        entrants = [
+            each
+            for each in machine.contenders(case, inputs, pass_)
+            if peers is None or each.name.removesuffix("_out") in ("copy", "ours", *peers)
+        ]
         row["wrong"] = _disagreements(case, entrants, channels, machine)
         if not row["wrong"]:
             row |= machine.times(case, inputs, pass_, entrants, repeat)

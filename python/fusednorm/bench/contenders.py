@@ -30,8 +30,10 @@ class Cpu:
 
     Attributes:
         ratios: which contenders' times are divided by which.
+        peers: the contenders besides ours and the copy.
     """
 
+    peers: Sequence[str] = ("torch", "reference")
     ratios: Sequence[tuple[str, str]] = (("ours_out", "copy"), ("torch_out", "ours_out"), ("torch", "ours"))
 
     def __init__(self, threads: int | None = None, with_reference: bool | None = None) -> None:

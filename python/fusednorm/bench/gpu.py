@@ -90,6 +90,7 @@ class Gpu:
         compiles: torch.compile for all cases, not only for those tagged so: it takes seconds each.
     """
 
+    peers: Sequence[str] = ("native", "cudnn", "compile", "cupy")
     ratios: Sequence[tuple[str, str]] = (
         ("copy", "ours_out"),
         ("native", "ours_out"),

@@ -14,6 +14,7 @@ CAPTION = "Medians; ± is half the distance between the 10th and the 90th percen
 # Who must be slower than ours, on the CPU and on a GPU.
 _AGAINST = ("torch_out/ours_out", "torch/ours", "native/ours_out", "cudnn/ours_out", "compile/ours_out")
 _SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
+_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
 def label(row: Row) -> str:
@@ -40,7 +41,22 @@ def loses(row: Row) -> bool:
 
 def columns(results: Mapping[str, Any]) -> dict[str, Callable[[Row], str]]:
     """What the table shows of a row, by column."""
-    return _GPU if _is_of_a_gpu(results) else _CPU
+    gpu = _is_of_a_gpu(results)
+    found = dict(_GPU if gpu else _CPU)
+    if not any("before" in row for row in results["rows"]):
+        return found
+    after = "of copy" if gpu else "ours/copy"
+    at = list(found).index(after) + 1
+    names, texts = list(found), list(found.values())
+    names[at:at], texts[at:at] = [f"before {after}"], [_share_before if gpu else _ratio_before]
+    return dict(zip(names, texts, strict=True))
+
+
+def beside(results: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Results whose rows have, as ``before``, the ratios of the same row in an earlier run; empty where it has none."""
+    before = {(label(row), row["pass"]): row["ratios"] for row in earlier["rows"]}
+    rows = [{**row, "before": before.get((label(row), row["pass"]), {})} for row in results["rows"]]
+    return {**results, "rows": rows}
 
 
 def cells(results: Mapping[str, Any], row: Row) -> list[str]:
@@ -51,10 +67,27 @@ def cells(results: Mapping[str, Any], row: Row) -> list[str]:
     return [text(row) for text in texts.values()]
 
 
+def floor(row: Row) -> int:
+    """Tensors of x's size that a call must at least read or write; a GPU's row tells what is read again, too."""
+    if "floor" in row:
+        return int(row["floor"])
+    # What backward needs the residual for is the activation's derivative.
+    backward, residual = row["pass"] == "backward", bool(row["residual"])
+    reads_residual = residual and not (backward and row["activation"] is None)
+    return 2 + reads_residual + (1 + residual if backward else 0)
+
+
 def share(row: Row) -> float:
-    """Of a GPU's row: the part of the copy's bandwidth at which the fewest bytes that must move would take our time."""
-    part: float = row["floor"] / 2 * row["ratios"]["copy/ours_out"]["median"]
+    """The part of the copy's bandwidth at which the fewest bytes that must move would take our time."""
+    ratios = row["ratios"]
+    copies = ratios["copy/ours_out"]["median"] if "copy/ours_out" in ratios else 1 / ratios["ours_out/copy"]["median"]
+    part: float = floor(row) / 2 * copies
     return part
+
+
+def megabytes(row: Row) -> float:
+    """Of x."""
+    return math.prod(row["shape"]) * _BYTES[row["dtype"]] / 1e6
 
 
 def _is_of_a_gpu(results: Mapping[str, Any]) -> bool:
@@ -80,6 +113,14 @@ def _host(name: str) -> Callable[[Row], str]:
 
 def _ratio(name: str) -> Callable[[Row], str]:
     return lambda row: _times(row["ratios"], name)
+
+
+def _ratio_before(row: Row) -> str:
+    return _times(row["before"], "ours_out/copy")
+
+
+def _share_before(row: Row) -> str:
+    return f"{share({**row, 'ratios': row['before']}):.0%}" if "copy/ours_out" in row["before"] else "–"
 
 
 def _digits(ms: float) -> str:
@@ -182,6 +223,12 @@ def summary(results: Mapping[str, Any]) -> list[str]:
         ratios = [row["ratios"][name]["median"] for row in rows if name in row["ratios"]]
         if ratios:
             lines.append(f"{text.format(f'{_mean(ratios):.2f}')} (geometric mean of {len(ratios)} rows)")
+    both = [row for row in rows if row["ratios"] and row.get("before")]
+    changes = [share(row) / share({**row, "ratios": row["before"]}) for row in both]
+    if changes:
+        lines.append(
+            f"beside the copy, {_mean(changes):.2f} times as fast as before (geometric mean of {len(both)} rows)"
+        )
     for pass_ in dict.fromkeys(row["pass"] for row in rows if row.get("floor")):
         shares = [share(row) for row in rows if row.get("floor") and row["pass"] == pass_]
         lines.append(f"{pass_} reaches {_mean(shares):.0%} of the copy's bandwidth (geometric mean)")
@@ -223,8 +270,8 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: str | Path) -> None:
-    """A bar chart, one panel for each pass: PyTorch's time over ours; of a GPU, our share of the copy's bandwidth, and
-    that of the others. Needs matplotlib.
+    """Two panels for each pass: our share of the copy's bandwidth by size; and bars, PyTorch's time over ours, of a GPU
+    the shares of ours and of the others. Needs matplotlib.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -235,21 +282,36 @@ def plot(results: Mapping[str, Any], path: str | Path) -> None:
         if row["ratios"]:
             panels.setdefault(row["pass"], []).append(row)
     tallest = max(map(len, panels.values()), default=1)
-    figure = Figure(figsize=(6.5 * max(len(panels), 1), 1.5 + (0.2 if gpu else 0.3) * tallest), layout="constrained")
+    bars = 1.5 + (0.2 if gpu else 0.3) * tallest
+    figure = Figure(figsize=(6.5 * max(len(panels), 1), 3 + bars), layout="constrained")
     FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, max(len(panels), 1), height_ratios=(3, bars))
     for column, (pass_, panel) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), column + 1)
+        above, axes = (figure.add_subplot(grid[line, column]) for line in (0, 1))
+        roofline(above, panel)
+        above.set_title(pass_)
         (_shares if gpu else _bars)(axes, panel)
         axes.axvline(1, color="#cc3311", linewidth=1)
         axes.set_yticks(range(len(panel)), [label(row) for row in panel], fontsize=8)
         axes.invert_yaxis()
         axes.margins(y=0.01)
-        axes.set_title(pass_)
         if column == 0:
             figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     env = results["environment"]
     figure.suptitle(env["gpu"] if gpu else f"{env['cpu']}, {env['threads']} threads")
     figure.savefig(path, dpi=100 if gpu else 150)
+
+
+def roofline(axes: Any, rows: Sequence[Row]) -> None:
+    """Our share of the copy's bandwidth by the size of x; a row that is lost is red."""
+    for lost, color, text in ((False, "#4477aa", "ours"), (True, "#ee6677", "ours, where another is faster")):
+        chosen = [row for row in rows if loses(row) == lost]
+        if chosen:
+            axes.scatter(list(map(megabytes, chosen)), list(map(share, chosen)), s=14, color=color, label=text)
+    axes.axhline(1, color="#cc3311", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="MB of x", ylabel="part of the copy's bandwidth")
 
 
 def _bars(axes: Any, panel: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fusednorm import bench
 from fusednorm.bench import report
-from fusednorm.cli.extras import add_device, positive, require, require_device
+from fusednorm.cli.extras import Missing, add_device, positive, require, require_device
 from fusednorm.testing.cases import DTYPES, NORMS, Case
 
 
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     )
     add_device(parser)
     parser.add_argument("--quick", action="store_true", help="the small cases only, and five rounds")
-    parser.add_argument("--norm", choices=NORMS, help="only this norm")
+    parser.add_argument("--norm", choices=NORMS, help="only this norm; with --shape: of this norm")
     parser.add_argument("--dtype", choices=DTYPES, help="only this dtype")
     parser.add_argument("--layout", choices=("first", "last", "all"), default="all", help="where the channels lie")
     parser.add_argument("--pass", dest="passes", choices=(*bench.PASSES, "all"), default="all", help="only this pass")
@@ -38,14 +38,22 @@ def add(commands: Any) -> None:
         metavar="N,C,...",
         help="this shape instead of the list, in the order N,C,H,W whatever the layout; may be given again",
     )
+    parser.add_argument(
+        "--peers",
+        type=lambda text: [] if text == "none" else text.split(","),
+        metavar="NAMES",
+        help="time only these beside ours and the copy: none, or of "
+        f"{','.join(bench.Cpu.peers)} (CPU), {','.join(bench.Gpu.peers)} (GPU)",
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU: threads for ours and for PyTorch")
     parser.add_argument("--repeat", type=positive, metavar="N", help="rounds; default: 7, more for short cases")
     parser.add_argument("--reference", action="store_true", help="CPU: time NumPy on large tensors too")
     parser.add_argument("--compile", action="store_true", help="GPU: torch.compile for all cases, not only for some")
     parser.add_argument("--seconds", type=positive, metavar="N", help="begin no case after so long, and say so")
-    parser.add_argument("--json", metavar="FILE", help="write environment and rows there")
-    parser.add_argument("--plot", metavar="FILE", help="write a bar chart there: .png, .svg or .pdf")
+    parser.add_argument("--json", metavar="FILE", help="write environment and rows there; -: print them")
+    parser.add_argument("--plot", metavar="FILE", help="draw it there: .png, .svg or .pdf")
     parser.add_argument("--from", dest="results", metavar="FILE", help="show the results in FILE instead of measuring")
+    parser.add_argument("--compare", metavar="FILE", help="show the ratios to the copy in FILE beside each row")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.set_defaults(run=run, error=parser.error)
 
@@ -62,28 +70,55 @@ def run(args: argparse.Namespace) -> int:
         args.error("--threads and --reference are for the CPU")
     if args.device == "cpu" and args.compile:
         args.error("--compile is for --device cuda")
+    place = bench.Cpu if args.device == "cpu" else bench.Gpu
+    unknown = set(args.peers or ()) - set(place.peers)
+    if unknown:
+        args.error(f"--peers of {args.device} are {', '.join(place.peers)}, not {', '.join(sorted(unknown))}")
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+        args.error(f"--plot must end in .png, .svg or .pdf, not {args.plot}")
+    printed = args.json == "-"
+    for path in (args.plot, None if printed else args.json):
+        if path and not Path(path).parent.is_dir():  # said now, not after minutes
+            args.error(f"there is no folder {Path(path).parent}")
     if not args.results:
         require_device("bench", args.device)
-    if not args.markdown:
+    if not (args.markdown or printed):
         require("bench", "bench", rich="rich")
     if args.plot:
         require("bench --plot", "bench", matplotlib="matplotlib")
+    earlier = _read(args.compare) if args.compare else None
     if args.results:
-        results = json.loads(Path(args.results).read_text())
+        results = _read(args.results)
     else:
         results = _measure(args)
         if not any(results[key] for key in ("rows", "left_out", "failed")):
             print("no benchmark case fits these options", file=sys.stderr)
             return 2
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+        text = json.dumps(results, indent=1)
+        if printed:
+            print(text)
+        else:
+            Path(args.json).write_text(text + "\n")
     if args.plot:
         bench.plot(results, args.plot)
+    shown = results if earlier is None else bench.beside(results, earlier)
     if args.markdown:
-        print(bench.table(results), end="")
-    else:
-        _show(results)
+        print(bench.table(shown), end="")
+    elif not printed:
+        _show(shown)
     return 1 if any(row["wrong"] for row in results["rows"]) or results.get("failed") else 0
+
+
+def _read(path: str) -> dict[str, Any]:
+    """What --json wrote."""
+    try:
+        results: dict[str, Any] = json.loads(Path(path).read_text())
+        if not {"environment", "rows"} <= set(results):
+            raise ValueError("it was not written by fusednorm bench --json")
+    except (OSError, ValueError, TypeError) as error:
+        raise Missing(f"fusednorm bench: cannot read {path}: {error}") from None
+    return results
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +144,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             cases,
             passes,
             machine=machine,
+            peers=args.peers,
             repeat=args.repeat or (5 if args.quick else None),
             seconds=args.seconds,
             report=report,
@@ -124,7 +160,10 @@ def _show(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     # As wide as the table needs: broken lines are easier to read than cut numbers.
-    console = Console(highlight=False, width=max(Console().width, 110 if "gpu" not in results["environment"] else 150))
+    needed = (110 if "gpu" not in results["environment"] else 150) + 15 * any(
+        "before" in row for row in results["rows"]
+    )
+    console = Console(highlight=False, width=max(Console().width, needed))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=report.caption(results))
     for i, column in enumerate(report.columns(results)):
         table.add_column(column.replace(" ", "\n", 1), justify="right" if i > 1 else "left", no_wrap=i > 0)

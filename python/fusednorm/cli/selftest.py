@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     runnable = [case for case in chosen if all(map(importlib.util.find_spec, case.requires))]
     if not runnable:
         print(f"no case has {args.filter!r} in its name", file=sys.stderr)
-        return 1
+        return 2
     places: list[str] = _C.build_info()["isa_runnable"] if args.device == "cpu" else [args.device]
     worst: Worst = {}
     failures = []
