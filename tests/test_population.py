@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fusednorm as fn
 import numpy as np
 import pytest
+import ranks
 from fusednorm import functional
 from fusednorm.population import Estimate
 from fusednorm.testing.cases import UNIT_ROUNDOFF
@@ -333,46 +331,21 @@ def test_nested_and_second_use() -> None:
 # Ranks.
 
 
-class Rank:
-    """One of several ranks that are threads."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, given: list[Any]) -> None:
-        self.rank, self.size = rank, size
-        self._barrier, self._given = barrier, given
-        self.calls = 0
-
-    def allgather(self, array: Array, /) -> Array:
-        assert array.dtype == np.float64
-        assert array.ndim == 1
-        self.calls += 1
-        self._given[self.rank] = array.copy()
-        self._barrier.wait()
-        rows = np.stack(self._given)
-        self._barrier.wait()
-        return rows
-
-
-def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
-    barrier, given = threading.Barrier(size, timeout=60), [None] * size
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: work(Rank(rank, size, barrier, given)), range(size)))
-
-
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_ranks_are_merged_in_their_order(estimator: str) -> None:
     """Uneven shares, one rank without any batch: what one process has on all batches, and the same bits on each."""
     values = batches(5, "float64", far=100)
     shares = [values[:1], [], values[1:]]
 
-    def work(rank: Rank) -> tuple[fn.BatchNorm, fn.BatchNorm]:
+    def work(rank: ranks.Threads) -> tuple[fn.BatchNorm, fn.BatchNorm]:
         layers = fn.BatchNorm(5, dtype="float64"), fn.BatchNorm(5, dtype="float64")
         with fn.Population(*layers, estimator=estimator, process_group=rank):
             for x in shares[rank.rank]:
                 layers[1](2 * layers[0](x))
-        assert rank.calls == 1
+        assert rank.gathers == 1
         return layers
 
-    found = on_ranks(3, work)
+    found = ranks.threads(3, work)
     expect_close(found[0][0], expected(estimator, values), "float64")
     of_ranks = [Estimate(estimator, 5, 1) for _ in shares]
     for estimate, share in zip(of_ranks, shares, strict=True):
@@ -390,13 +363,40 @@ def test_ranks_are_merged_in_their_order(estimator: str) -> None:
             assert layer.num_batches_tracked == len(values)
 
 
+def test_synchronized_layers_are_for_themselves() -> None:
+    """They may be called on different numbers of batches; the group of the population merges what all have seen."""
+    values = batches(5, "float64")
+    shares = [values[:1], values[1:]]
+
+    def work(rank: ranks.Threads) -> fn.BatchNorm:
+        layer = fn.BatchNorm(5, dtype="float64", process_group=rank)
+        with fn.Population(layer, process_group=rank):
+            for x in shares[rank.rank]:
+                assert_same_bits(layer(x), fn.BatchNorm(5, dtype="float64")(x))
+        assert rank.gathers == 1
+        return layer
+
+    for layer in ranks.threads(2, work):
+        expect_close(layer, expected("exact", values), "float64")
+
+
+def test_a_group_is_looked_at_first() -> None:
+    layer = fn.BatchNorm(5)
+    with (
+        pytest.raises(TypeError, match="process_group must be an mpi4py communicator"),
+        fn.Population(layer, process_group="world"),
+    ):
+        raise AssertionError
+    assert layer._estimate is None
+
+
 def test_ranks_without_batches() -> None:
-    def work(rank: Rank) -> None:
+    def work(rank: ranks.Threads) -> None:
         layer = fn.BatchNorm(5)
         with pytest.raises(ValueError, match="it saw no batch"), fn.Population(layer, process_group=rank):
             pass
 
-    on_ranks(2, work)
+    ranks.threads(2, work)
 
 
 def test_ranks_with_other_layers() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 from support import Array
-from test_population import ESTIMATORS, Rank, expect_close, expected, on_ranks
+from test_population import ESTIMATORS, expect_close, expected
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -315,13 +316,37 @@ def test_ranks(estimator: str) -> None:
     want = copy.deepcopy(model)
     fnt.population_statistics(want, given, estimator)
 
-    def work(rank: Rank) -> Any:
+    def work(rank: ranks.Threads) -> Any:
         mine = copy.deepcopy(model)
         fnt.population_statistics(mine, shares[rank.rank], estimator, process_group=rank)
-        assert rank.calls == 1
+        assert rank.gathers == 1
         return mine
 
-    found = on_ranks(3, work)
+    found = ranks.threads(3, work)
     for other in found[1:]:
         assert_unchanged(other, state(found[0]))
     assert_close(found[0], want, 1e-12)
+
+
+def test_synchronized_modules_are_for_themselves() -> None:
+    """Ranks have different numbers of batches, which such modules would wait for."""
+    given = batches(torch.float64)
+    want = Network(torch.float64)
+    fnt.population_statistics(want, given)
+    model = fnt.convert_sync_batchnorm(Network(torch.float64))
+    model.load_state_dict(want.state_dict())
+    shares = [given[:1], given[1:]]
+
+    def work(rank: ranks.Threads) -> Any:
+        mine = copy.deepcopy(model)
+        synchronized = [module for module in mine.modules() if isinstance(module, fnt.SyncBatchNorm)]
+        for module in synchronized:
+            module.process_group = rank
+        fnt.population_statistics(mine, shares[rank.rank], process_group=rank)
+        assert synchronized
+        assert all(type(module) is fnt.SyncBatchNorm for module in synchronized)
+        assert rank.gathers == 1
+        return mine
+
+    for mine in ranks.threads(2, work):
+        assert_close(mine, want, 1e-12)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusednorm import arrays
 from fusednorm.arrays import Array
-from fusednorm.distributed import group_of
+from fusednorm.distributed import Group, group_of
 from fusednorm.layers import BatchNorm, SwitchableNorm
 from fusednorm.statistics import Moments
 
@@ -69,12 +69,12 @@ class Estimate:
         self.seen.merge(Moments(*state[1:].reshape(3, *self.seen.mean.shape)))
 
 
-def merged(estimates: Sequence[Estimate], process_group: Any) -> None:
+def merged(estimates: Sequence[Estimate], group: Group | None) -> None:
     """Each estimate becomes that of all ranks, merged in their order: the same bits on each. One gather for all."""
-    if process_group is None:
+    if group is None:
         return
     own = [estimate._state() for estimate in estimates]
-    gathered = np.asarray(group_of(process_group).allgather(np.concatenate(own)))
+    gathered = np.asarray(group.allgather(np.concatenate(own)))
     ends = np.cumsum([state.size for state in own])
     if gathered.ndim != 2 or gathered.shape[1] != ends[-1]:
         raise ValueError(
@@ -121,9 +121,10 @@ class Population:
     Raises
     ------
     TypeError, RuntimeError, ValueError
-        Entering raises TypeError for other layers, RuntimeError for those without running statistics and those of
-        which a Population is taken already, ValueError for an unknown estimator. Leaving raises ValueError, and changes
-        no layer, where one saw no batch (on any rank), or too few values, or values that are not finite.
+        Entering raises TypeError for other layers and other groups, RuntimeError for layers without running statistics
+        and those of which a Population is taken already, ValueError for an unknown estimator. Leaving raises
+        ValueError, and changes no layer, where one saw no batch (on any rank), or too few values, or values that are
+        not finite.
 
     Notes
     -----
@@ -143,6 +144,7 @@ class Population:
         self.process_group = process_group
 
     def __enter__(self) -> Population:
+        self._group = None if self.process_group is None else group_of(self.process_group)
         estimates = []
         for layer in self.layers:
             if not isinstance(layer, BatchNorm | SwitchableNorm):
@@ -164,7 +166,7 @@ class Population:
         estimates = [layer.__dict__.pop("_estimate") for layer in self.layers]
         if kind is not None:
             return
-        merged(estimates, self.process_group)
+        merged(estimates, self._group)
         found = []
         for layer, estimate in zip(self.layers, estimates, strict=True):
             try:

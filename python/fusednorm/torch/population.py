@@ -22,6 +22,13 @@ from fusednorm.torch.models import Report, missing
 __all__ = ["population_statistics"]
 
 
+class _ForItself(SyncBatchNorm):
+    """What a SyncBatchNorm is while it is estimated: ranks may have different numbers of batches."""
+
+    def _joined(self) -> None:
+        return None
+
+
 def _called(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
@@ -62,7 +69,7 @@ def population_statistics(
     Raises ValueError, and changes nothing, where `batches` is empty or no batch norm was called on any rank; where one
     saw one value per channel, NaN or infinities; and for an unknown estimator.
     """
-    report = Report()
+    report, group = Report(), None if process_group is None else population.group_of(process_group)
     estimates: dict[str, tuple[Any, Estimate]] = {}
     for name, module in model.named_modules():
         if isinstance(module, batchnorm._BatchNorm):
@@ -77,7 +84,7 @@ def population_statistics(
         entered.enter_context(_estimating(model, list(estimates.values())))
         for batch in entered.enter_context(_shown(batches, progress)):
             call(model, batch)
-    population.merged([estimate for _, estimate in estimates.values()], process_group)
+    population.merged([estimate for _, estimate in estimates.values()], group)
     found = {}
     for name, (module, estimate) in estimates.items():
         if not estimate.batches:
@@ -102,16 +109,14 @@ def population_statistics(
 def _estimating(model: nn.Module, estimates: list[tuple[Any, Estimate]]) -> Iterator[None]:
     """The modules' inputs are taken in. A batch norm that trains and tracks nothing writes nothing."""
     training = [(module, module.training) for module in model.modules()]
-    # Synchronized ones are for themselves: ranks may have different numbers of batches.
-    synchronized = [module for module, _ in estimates if isinstance(module, SyncBatchNorm)]
-    classes = [type(module) for module in synchronized]
+    synchronized = [module for module, _ in estimates if type(module) is SyncBatchNorm]
     tracking = [(module, module.track_running_stats) for module, _ in estimates]
     hooks = []
     try:
         for module, _ in training:
             module.training = False
         for module in synchronized:
-            module.__class__ = modules.BatchNormAct
+            module.__class__ = _ForItself
         for module, estimate in estimates:
             module.training, module.track_running_stats = True, False
             hooks.append(module.register_forward_pre_hook(_taking(module, estimate), with_kwargs=True))
@@ -120,8 +125,8 @@ def _estimating(model: nn.Module, estimates: list[tuple[Any, Estimate]]) -> Iter
     finally:
         for hook in hooks:
             hook.remove()
-        for module, own in zip(synchronized, classes, strict=True):
-            module.__class__ = own
+        for module in synchronized:
+            module.__class__ = SyncBatchNorm
         for module, flag in training:
             module.training = flag
         for module, flag in tracking:
