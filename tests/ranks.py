@@ -23,7 +23,7 @@ from typing import Any
 import fusednorm as fn
 import numpy as np
 import pytest
-from fusednorm import distributed
+from fusednorm import arrays, distributed
 from fusednorm.testing import cases
 from fusednorm.testing.cases import CASES, Case, Inputs
 
@@ -105,11 +105,12 @@ def layer_of(case: Case, given: dict[str, Any], group: Any) -> fn.BatchNorm:
     return layer
 
 
-def computed(case: Case, group: Any) -> dict[str, Any]:
-    """A call and its backward, by the layer."""
+def computed(case: Case, group: Any, device: str = "cpu") -> dict[str, Any]:
+    """A call and its backward, by the layer; NumPy's arrays."""
     counted = Counted(group)
     given = part(case, cases.make(case), rows(case, counted.size)[counted.rank])
-    layer = layer_of(case, given, counted)
+    layer = layer_of(case, given, counted).to(device)
+    given = {name: None if a is None else arrays.moved(a, device) for name, a in given.items()}
     layer(given["x"], given["residual"], given["mask"])
     if case.running:
         layer.running_mean, layer.running_var = given["running_mean"], given["running_var"]
@@ -122,12 +123,15 @@ def computed(case: Case, group: Any) -> dict[str, Any]:
         dx, dresidual = dx
     collectives = forward, len(counted.sizes) - forward
     layer.eval()(given["x"], given["residual"], given["mask"])
-    return {
+    found = {
         "y": y, "mean": call.mean, "rstd": call.rstd, "dx": dx, "dweight": layer.weight_grad, "dbias": layer.bias_grad,
         "dresidual": dresidual if given["residual"] is not None else None, "running_mean": layer.running_mean,
-        "running_var": layer.running_var, "collectives": (*collectives, len(counted.sizes) - sum(collectives)),
-        "batches": layer.num_batches_tracked,
+        "running_var": layer.running_var,
     }  # fmt: skip
+    return {name: None if a is None else arrays.moved(a, "cpu") for name, a in found.items()} | {
+        "collectives": (*collectives, len(counted.sizes) - sum(collectives)),
+        "batches": layer.num_batches_tracked,
+    }
 
 
 def snapshot(layer: fn.BatchNorm) -> dict[str, Any]:
@@ -351,8 +355,8 @@ def modules(dist: Any) -> dict[str, Any]:
             "dbias": case.affine and module.bias.grad, "dresidual": residual is not None and residual.grad,
             "running_mean": module.running_mean, "running_var": module.running_var,
         }  # fmt: skip
-        arrays = {name: ops._array(t) if isinstance(t, torch.Tensor) else None for name, t in results.items()}
-        found[case.name] = arrays | {
+        plain = {name: ops._array(t) if isinstance(t, torch.Tensor) else None for name, t in results.items()}
+        found[case.name] = plain | {
             "mean": call.mean, "rstd": call.rstd, "collectives": (*collectives, gathers[0] - sum(collectives)),
             "batches": int(module.num_batches_tracked) if case.running else 0,
         }  # fmt: skip

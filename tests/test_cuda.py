@@ -12,10 +12,12 @@ from typing import Any
 import fusednorm as fn
 import numpy as np
 import pytest
+import ranks
 from fusednorm.testing import cases
 from fusednorm.testing.cases import CASES, Case
 from support import assert_same_bits
 from test_cases import marked, prepared, skip_what_is_missing
+from test_distributed import wrong
 
 STATE = fn.build_info()["cuda"]
 EMULATED = STATE.startswith("emulated")
@@ -178,6 +180,23 @@ def test_a_layer_says_that_x_is_elsewhere() -> None:
         layer.to("cpu")(normal(4, 3))
     with pytest.raises(RuntimeError, match=f"there are {len(DEVICES)} GPUs|GPU"):
         layer.to("cuda:99")
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["all on a GPU", "rank 0 on the CPU"])
+def test_synchronized(mixed: bool) -> None:
+    """Two ranks, as threads; their messages are the host's wherever x is."""
+    mistakes = []
+    for case in (*ranks.SMALL[::6], *ranks.ghost_cases(2)):
+
+        def work(group: Any, case: Case = case) -> Any:
+            return ranks.computed(case, group, "cpu" if mixed and group.rank == 0 else "cuda:0")
+
+        each = ranks.threads(2, work)
+        mistakes += wrong(case, each)
+        if case.running:
+            for name in ("running_mean", "running_var"):
+                assert_same_bits(each[0][name], each[1][name], case.name)
+    assert not mistakes, "\n".join(mistakes)
 
 
 def test_calls_run_on_the_arrays_device() -> None:

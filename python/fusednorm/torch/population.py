@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules import batchnorm
 
-from fusednorm import population
+from fusednorm import distributed, population
 from fusednorm.population import Estimate
 from fusednorm.torch import modules, ops
 from fusednorm.torch.distributed import SyncBatchNorm
@@ -69,7 +69,7 @@ def population_statistics(
     Raises ValueError, and changes nothing, where `batches` is empty or no batch norm was called on any rank; where one
     saw one value per channel, NaN or infinities; and for an unknown estimator.
     """
-    report, group = Report(), None if process_group is None else population.group_of(process_group)
+    report, group = Report(), None if process_group is None else distributed.group_of(process_group)
     estimates: dict[str, tuple[Any, Estimate]] = {}
     for name, module in model.named_modules():
         if isinstance(module, batchnorm._BatchNorm):
