@@ -423,6 +423,21 @@ def test_demo_trains_and_saves_its_figure(tmp_path: Path, capsys: pytest.Capture
     assert "████" in text
 
 
+def test_demo_for_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    assert main(["demo", "--epochs", "2", "--skip-timing", "--json", "--output", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert "epoch   1:" in captured.err
+    (deep, _) = found["training"].values()
+    assert {name: len(epochs) for name, epochs in deep.items()} == {"normalized": 2, "plain": 2}
+    assert all(0 <= epoch["accuracy"] <= 1 for epochs in deep.values() for epoch in epochs)
+    assert Path(found["figure"]).exists()
+    assert found["times"] == found["errors"] == []
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov", "rmsprop", "adam"])
 def test_normalization_lets_six_sigmoid_layers_learn(optimizer: str) -> None:
     pytest.importorskip("sklearn")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and the held-out digits")
     parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for the figure; default: here")
     parser.add_argument("--skip-timing", action="store_true", help="train only")
+    parser.add_argument("--json", action="store_true", help="the figures as JSON; what is shown goes to standard error")
     parser.set_defaults(run=run)
 
 
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     from fusednorm.cli.demo import show
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=args.json)
     digits = load_digits(args.seed).to(args.device)
     optimizer = OPTIMIZERS[args.optimizer]
     rate = optimizer.default_rate if args.learning_rate is None else args.learning_rate
@@ -94,13 +96,19 @@ def run(args: argparse.Namespace) -> int:
         first.held_out_labels[:8],
         {name: guess[:8] for name, guess in guesses.items()},
     )
-    if not args.skip_timing:
-        _times(console, args.device)
-        _accuracy(console, args.device)
+    times = [] if args.skip_timing else _times(console, args.device)
+    errors = [] if args.skip_timing else _accuracy(console, args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "fusednorm-demo.png"
     show.figure(histories, path)
     console.print(f"Training curves: {path.resolve()}", soft_wrap=True)
+    if args.json:
+        trained = {
+            title: {name: [epoch._asdict() for epoch in epochs] for name, epochs in pair.items()}
+            for title, pair in histories.items()
+        }
+        found = {"build": fusednorm.build_info(), "device": args.device, "seed": args.seed, "training": trained}
+        print(json.dumps(found | {"times": times, "errors": errors, "figure": str(path.resolve())}, indent=2))
     return 0
 
 
@@ -136,8 +144,9 @@ def _contest(console: Console, runs: dict[str, Iterator[network.Epoch]], epochs:
     return histories
 
 
-def _times(console: Console, device: str) -> None:
-    """One training step of a large layer, forward and backward, beside others and beside copying the tensor."""
+def _times(console: Console, device: str) -> list[dict[str, Any]]:
+    """One training step of a large layer, forward and backward, beside others and beside copying the tensor; as rows of
+    `bench`."""
     shape = (32, 64, 112, 112)
     cpu = device == "cpu"
     console.print(
@@ -152,11 +161,12 @@ def _times(console: Console, device: str) -> None:
     )
     machine = bench.Cpu(with_reference=True) if cpu else bench.Gpu(device)
     with console.status("A moment, results are checked first"):
-        forward, backward = bench.run([Case(name="demo", shape=shape)], machine=machine)["rows"]
+        rows: list[dict[str, Any]] = bench.run([Case(name="demo", shape=shape)], machine=machine)["rows"]
+    forward, backward = rows
     wrong = forward["wrong"] + backward["wrong"]
     if wrong:
         console.print(f"[red]not timed, the results are wrong: {'; '.join(wrong)}[/]")
-        return
+        return rows
     console.print(f"[dim]{'milliseconds':<34}{'forward':>10}{'backward':>10}{'both':>10}{'/ ours':>10}[/]")
     ours = forward["ms"]["ours"]["median"] + backward["ms"]["ours"]["median"]
     digits = 1 if cpu else 3
@@ -169,31 +179,34 @@ def _times(console: Console, device: str) -> None:
         console.print(f"{text:<34}{numbers}{sum(each) / ours:>10.1f}", style="bold" if name == "ours" else None)
     console.print(f"{'copying the tensor once':<34}{forward['ms']['copy']['median']:>10.{digits}f}")
     console.print()
+    return rows
 
 
-def _accuracy(console: Console, device: str) -> None:
+def _accuracy(console: Console, device: str) -> list[dict[str, Any]]:
     """The error of y against float64, where the mean is 0 and where it is a million standard deviations away."""
     torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
     if torch and device != "cpu" and not torch.cuda.is_available():
         torch = None
     console.print("[bold]Largest error of y[/] against float64, 16×32×56×56 float32")
     console.print(f"[dim]{'':<34}{'fusednorm':>12}{'PyTorch':>12}[/]")
+    found = []
     for layout, shape, axis in (("channels first", (16, 32, 56, 56), 1), ("channels last", (16, 56, 56, 32), -1)):
         for offset in (0.0, 1e6):
             case = Case(name="demo", shape=shape, axis=axis, offset=offset, affine=False, running=False)
             inputs = make(case)
             true = expected(case, inputs).y
 
-            def error(y: Array, true: Array = true) -> str:
-                return f"{np.max(np.abs(y - true)):>12.1e}"
+            def error(y: Array, true: Array = true) -> float:
+                return float(np.max(np.abs(y - true)))
 
-            ours = error(
-                arrays.moved(fusednorm.batch_norm_forward(arrays.moved(inputs.x, device), axis=axis)[0], "cpu")
-            )
-            theirs = f"{'absent':>12}"
+            y = arrays.moved(fusednorm.batch_norm_forward(arrays.moved(inputs.x, device), axis=axis)[0], "cpu")
+            errors = {"fusednorm": error(y)}
             if torch:
                 x = torch.moveaxis(torch.from_numpy(inputs.x).to(device), axis, 1)
                 y = torch.nn.functional.batch_norm(x, None, None, training=True)
-                theirs = error(torch.moveaxis(y, 1, axis).cpu().numpy())
-            console.print(f"{layout}, mean/σ = {offset:<7g}".ljust(34) + ours + theirs)
+                errors["PyTorch"] = error(torch.moveaxis(y, 1, axis).cpu().numpy())
+            theirs = f"{errors['PyTorch']:>12.1e}" if torch else f"{'absent':>12}"
+            console.print(f"{layout}, mean/σ = {offset:<7g}".ljust(34) + f"{errors['fusednorm']:>12.1e}" + theirs)
+            found.append({"layout": layout, "mean_over_sigma": offset, "largest_error": errors})
     console.print()
+    return found
