@@ -38,10 +38,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="torch")
 def with_torch(session: nox.Session) -> None:
-    """fusednorm.torch, several processes under gloo, the examples and the documentation's blocks, with PyTorch;
+    """With PyTorch: fusednorm.torch, several processes under gloo, examples, study and the documentation's blocks;
     arguments go to pytest, such as --slow for what compiles kernels besides."""
-    install(session, ".[test,torch]")
-    files = ("test_torch", "test_torch_population", "test_distributed", "test_examples", "test_docs")
+    install(session, ".[test,study,torch]")
+    files = ("test_torch", "test_torch_population", "test_distributed", "test_examples", "test_study", "test_docs")
     session.run("pytest", *(f"tests/{name}.py" for name in files), *session.posargs)
 
 

@@ -1,0 +1,225 @@
+"""Internal covariate shift, and the loss surface along the gradient (Santurkar et al. 2018): without batch norm, with
+it, and with it and noise that shifts what it has normalized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import fusednorm.torch as fnt
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .common import (
+    BATCH,
+    BLUE,
+    PURPLE,
+    RED,
+    Claim,
+    Data,
+    Found,
+    Norm,
+    Settings,
+    batches,
+    curve,
+    digits,
+    evaluate,
+    mlp,
+    panels,
+    spread,
+)
+
+TITLE = "Internal covariate shift and the loss surface"
+WIDTHS = 64, *[64] * 6, 10
+RATE = 0.1
+REACH = 0.5, 1.0, 2.0, 4.0  # of the step, times its length, as in the paper
+STYLES = {"without": (RED, "s"), "with": (BLUE, "o"), "noisy": (PURPLE, "D")}
+LABELS = {"without": "without", "with": "with batch norm", "noisy": "batch norm, then noise"}
+MEASURES = "moved", "turned", "variation", "predictiveness", "smoothness"
+
+
+class NoisyNorm(nn.Module):
+    """Batch norm whose output is shifted and scaled at random: each step draws a distribution for each feature, whose
+    mean is not 0 and whose deviation is not 1, and each sample a shift and a scale from it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = fnt.BatchNorm1d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        if not self.training:
+            return y
+        shift, scale = torch.rand(y.shape[1]) - 0.5, 1 + 0.25 * torch.rand(y.shape[1])
+        return y * (scale + 0.1 * torch.randn_like(y)) + shift + 0.2 * (torch.rand_like(y) - 0.5)
+
+
+NORMS: dict[str, Norm | None] = {"without": None, "with": fnt.BatchNorm1d, "noisy": NoisyNorm}
+
+
+def setup(found: Found) -> str:
+    return (
+        f"An MLP {'-'.join(map(str, WIDTHS))} with tanh, gradient descent, rate {RATE}, {found['steps']} steps of "
+        f"batches of {BATCH}. The noise after batch norm draws, at each step, a shift and a scale for each feature "
+        "anew, so that what the next layer gets is anything but steady. Top: the 15th, 50th and 85th percentile of "
+        f"one input of the last hidden layer's tanh on the training set (first seed), and losses. Below, every "
+        f"{found['every']} steps: how far the means of these inputs moved since the last time, over σ; Santurkar et "
+        "al.'s shift, 1 − cos of the angle between the layer's gradient before and after the layers below it took "
+        f"their step; along the gradient, {REACH[0]} to {REACH[-1]} steps far, the range of the loss, the largest "
+        "change of the gradient, and that over the distance (effective β-smoothness)."
+    )
+
+
+def measure(settings: Settings) -> Found:
+    steps, every = settings.pick(400, 20), settings.pick(20, 10)
+    found: Found = {"steps": steps, "every": every, "at": list(range(every, steps, every))}
+    for arm in NORMS:
+        found[arm] = {key: [] for key in ("loss", "test", "percentiles", *MEASURES)}
+    for seed in settings.track(range(settings.seeds), TITLE):
+        data = digits(seed)
+        for arm, norm in NORMS.items():
+            for key, value in watched(data, norm, steps, every, seed).items():
+                found[arm][key].append(value)
+    for arm in NORMS:
+        del found[arm]["percentiles"][1:]
+    return found
+
+
+def watched(data: Data, norm: Norm | None, steps: int, every: int, seed: int) -> Found:
+    model = mlp(WIDTHS, norm, nn.Tanh, seed=seed)
+    hidden = len(model) - 2  # the last tanh
+    before_last = [i for i, module in enumerate(model) if isinstance(module, nn.Linear)][-2]
+    losses: list[float] = []
+    found: Found = {key: [] for key in ("percentiles", *MEASURES)}
+    last: tuple[Tensor, Tensor] | None = None
+    for step, (x, y) in zip(range(steps), batches(data, BATCH, seed), strict=False):
+        if step % every == 0:
+            with torch.no_grad():
+                z = model[:hidden](data.x)
+            now = z.mean(0), z.std(0)
+            found["percentiles"].append(np.percentile(z[:, 0].numpy(), [15, 50, 85]).tolist())
+            if last:
+                found["moved"].append(((now[0] - last[0]) / last[1]).square().mean().sqrt().item())
+                found["turned"].append(turned(model, before_last, x, y))
+                for key, value in along_gradient(model, x, y).items():
+                    found[key].append(value)
+            last = now
+        loss, gradients = at(model, x, y)
+        descend(model, gradients, RATE)
+        torch.rand(1)  # the next step's noise is another
+        losses.append(loss)
+    loss = np.array(losses).reshape(-1, every).mean(1).tolist()
+    return {"loss": loss, "test": evaluate(model, data.test_x, data.test_y)[0], **found}
+
+
+def at(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, list[Tensor]]:
+    """Loss and gradients; the generator of NoisyNorm's noise is left as it was."""
+    with torch.random.fork_rng():
+        loss = functional.cross_entropy(model(x), y)
+    return loss.item(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def descend(model: nn.Module, gradients: Sequence[Tensor], rate: float) -> None:
+    """A step of as many of the first parameters as there are gradients."""
+    with torch.no_grad():
+        for parameter, gradient in zip(model.parameters(), gradients, strict=False):
+            parameter -= rate * gradient
+
+
+def turned(model: nn.Module, layer: int, x: Tensor, y: Tensor) -> float:
+    """1 − cos of the angle between the gradients of a linear layer before and after all below it took their step. The
+    model is left as it was."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    here = [name for name, _ in model.named_parameters()].index(f"{layer}.weight")
+    _, before = at(model, x, y)
+    descend(model, before[:here], RATE)
+    _, after = at(model, x, y)
+    model.load_state_dict(state)
+    return 1 - float(functional.cosine_similarity(before[here].flatten(), after[here].flatten(), dim=0))
+
+
+def along_gradient(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Over steps of several lengths along the gradient: the range of the loss, the largest change of the gradient, and
+    the largest change over the distance. The model is left as it was."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    _, here = at(model, x, y)
+    length = torch.stack([g.norm() for g in here]).norm().item()
+    losses, changes, slopes = [], [], []
+    for reach in REACH:
+        descend(model, here, reach * RATE)
+        loss, there = at(model, x, y)
+        model.load_state_dict(state)
+        losses.append(loss)
+        changes.append(torch.stack([(a - b).norm() for a, b in zip(there, here, strict=True)]).norm().item())
+        slopes.append(changes[-1] / (reach * RATE * length))
+    return {"variation": max(losses) - min(losses), "predictiveness": max(changes), "smoothness": max(slopes)}
+
+
+def draw(found: Found) -> Any:
+    figure, axes = panels(4, 2, width=12.5, height=2.9)
+    at_steps = np.arange(0, found["steps"], found["every"])
+    for axis, arm in zip(axes, NORMS, strict=False):
+        low, middle, high = np.array(found[arm]["percentiles"][0]).T
+        color = STYLES[arm][0]
+        axis.fill_between(at_steps, low, high, color=color, alpha=0.25, linewidth=0)
+        axis.plot(at_steps, middle, color=color)
+        axis.set(title=LABELS[arm], ylabel="an input of the last tanh")
+    titles = {"loss": "training loss", "moved": "mean's movement / σ", "turned": "shift, 1 − cos",
+              "variation": "range of the loss", "smoothness": "effective β-smoothness"}  # fmt: skip
+    for axis, (key, title) in zip(axes[3:], titles.items(), strict=True):
+        for arm, (color, marker) in STYLES.items():
+            by_step = list(zip(*found[arm][key], strict=True))
+            x = found["at"] if key != "loss" else at_steps + found["every"] / 2
+            curve(axis, x, by_step, color, LABELS[arm], marker=marker, markersize=3)
+        axis.set(yscale="log", ylabel=title)
+    for axis in axes:
+        axis.set_xlabel("step")
+    axes[3].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def claims(found: Found) -> list[Claim]:
+    means = {arm: {key: np.array(found[arm][key]).mean(1).tolist() for key in (*MEASURES, "loss")} for arm in NORMS}
+
+    def told(key: str, arms: Sequence[str] = ("with", "without")) -> str:
+        return ", ".join(f"{spread(means[arm][key])} {LABELS[arm]}" for arm in arms)
+
+    def below(key: str, one: str = "with", other: str = "without") -> list[bool]:
+        return [a < b for a, b in zip(means[one][key], means[other][key], strict=True)]
+
+    return [
+        Claim(
+            "Batch norm reduces covariate shift: the distribution of a layer's inputs is steadier.",
+            f"The means of the last hidden layer's inputs move, over {found['every']} steps, {told('moved')} (in σ, "
+            "mean over training).",
+            below("moved"),
+        ),
+        Claim(
+            "The same, as Santurkar et al. define it: the layer's gradient turns less when those below it step.",
+            f"1 − cos: {told('turned')}, mean over training.",
+            below("turned"),
+        ),
+        Claim(
+            "Such a shift slows training (Ioffe and Szegedy): noise that puts it back after batch norm does.",
+            f"With noise after it 1 − cos is {told('turned', ('noisy',))}; the training loss, mean over training, "
+            f"{told('loss', ('with', 'noisy', 'without'))}.",
+            [a >= b for a, b in zip(means["noisy"]["loss"], means["without"]["loss"], strict=True)],
+        ),
+        Claim(
+            "It smooths the loss surface (Santurkar et al.): along the gradient the loss ranges less.",
+            f"Range: {told('variation')}.",
+            below("variation"),
+        ),
+        Claim(
+            "… the gradient changes less, and is so more predictive.",
+            f"Largest change: {told('predictiveness')}.",
+            below("predictiveness"),
+        ),
+        Claim(
+            "… and effective β-smoothness is lower.",
+            f"{told('smoothness')[0].upper() + told('smoothness')[1:]}.",
+            below("smoothness"),
+        ),
+    ]
