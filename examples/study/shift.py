@@ -205,7 +205,7 @@ def claims(found: Found) -> list[Claim]:
             "Such a shift slows training (Ioffe and Szegedy): noise that puts it back after batch norm does.",
             f"With noise after it 1 − cos is {told('turned', ('noisy',))}; the training loss, mean over training, "
             f"{told('loss', ('with', 'noisy', 'without'))}.",
-            [a >= b for a, b in zip(means["noisy"]["loss"], means["without"]["loss"], strict=True)],
+            [a > b for a, b in zip(means["noisy"]["loss"], means["with"]["loss"], strict=True)],
         ),
         Claim(
             "It smooths the loss surface (Santurkar et al.): along the gradient the loss ranges less.",
