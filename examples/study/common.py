@@ -177,6 +177,8 @@ class Claim:
 
 
 def number(value: float) -> str:
+    if math.isinf(value):
+        return "∞"
     if value and not 1e-3 <= abs(value) < 1e4:
         digits, power = f"{value:.1e}".split("e")
         return f"{digits}·10^{int(power)}".replace("1.0·", "")
