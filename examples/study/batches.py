@@ -118,7 +118,7 @@ def draw(found: Found) -> Any:
     noisy.plot(sizes[:-1], np.array(sizes[:-1]) ** -0.5, color="#333333", linewidth=0.8, linestyle=":", label="1/√m")
     for axes in (gap, accuracy, noisy):
         axes.set_xscale("log", base=2)
-    gap.set(yscale="log", xlabel="samples that share statistics, m", ylabel="test loss − training loss")
+    gap.set(ylim=(0, None), xlabel="samples that share statistics, m", ylabel="test loss − training loss")
     accuracy.set(xlabel="samples that share statistics, m", ylabel="test accuracy")
     noisy.set(yscale="log", xlabel="batch size m", ylabel="standard deviation over σ")
     noisy.legend(frameon=False)

@@ -156,11 +156,13 @@ def draw(found: Found) -> Any:
     for row, size in enumerate(SIZES):
         of_size = found[str(size)]
         for axis, key in zip(axes[2 * row : 2 * row + 2], ("mean", "variance"), strict=True):
-            for name, color, marker in zip(NAMES, COLORS, MARKERS, strict=False):
+            for name, color, marker in zip(NAMES[:-1], COLORS, MARKERS, strict=False):
                 by_step = np.maximum(np.array(of_size[name][key]).T, 1e-8).tolist()
                 curve(axis, of_size["at"], by_step, color, name, marker=marker)
             what = "mean's error / σ" if key == "mean" else "variance's error / σ²"
             axis.set(yscale="log", xlabel="step", ylabel=what, title=f"batches of {size}")
+            most = number(float(np.max(of_size[EXACT][key])))
+            axis.annotate(f"{EXACT}: at most {most}", (1, 0.97), xycoords="axes fraction", ha="right", fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 

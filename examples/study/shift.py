@@ -25,7 +25,6 @@ from .common import (
     batches,
     curve,
     digits,
-    evaluate,
     mlp,
     panels,
     spread,
@@ -34,6 +33,7 @@ from .common import (
 TITLE = "Internal covariate shift and the loss surface"
 WIDTHS = 64, *[64] * 6, 10
 RATE = 0.1
+ACTIVATIONS = {"tanh": nn.Tanh, "ReLU": nn.ReLU}
 REACH = 0.5, 1.0, 2.0, 4.0  # of the step, times its length, as in the paper
 STYLES = {"without": (RED, "s"), "with": (BLUE, "o"), "noisy": (PURPLE, "D")}
 LABELS = {"without": "without", "with": "with batch norm", "noisy": "batch norm, then noise"}
@@ -61,35 +61,36 @@ NORMS: dict[str, Norm | None] = {"without": None, "with": fnt.BatchNorm1d, "nois
 
 def setup(found: Found) -> str:
     return (
-        f"An MLP {'-'.join(map(str, WIDTHS))} with tanh, gradient descent, rate {RATE}, {found['steps']} steps of "
-        f"batches of {BATCH}. The noise after batch norm draws, at each step, a shift and a scale for each feature "
-        "anew, so that what the next layer gets is anything but steady. Top: the 15th, 50th and 85th percentile of "
-        f"one input of the last hidden layer's tanh on the training set (first seed), and losses. Below, every "
-        f"{found['every']} steps: how far the means of these inputs moved since the last time, over σ; Santurkar et "
-        "al.'s shift, 1 − cos of the angle between the layer's gradient before and after the layers below it took "
-        f"their step; along the gradient, {REACH[0]} to {REACH[-1]} steps far, the range of the loss, the largest "
-        "change of the gradient, and that over the distance (effective β-smoothness)."
+        f"MLPs {'-'.join(map(str, WIDTHS))} with tanh and with ReLU, gradient descent, rate {RATE}, {found['steps']} "
+        f"steps of batches of {BATCH}. The noise after batch norm draws, at each step, a shift and a scale for each "
+        "feature anew, so that what the next layer gets is anything but steady. The figure is of ReLU. Top: the 15th, "
+        "50th and 85th percentile of one input of the last hidden layer's activation on the training set, in the first "
+        f"seed; and losses. Below, every {found['every']} steps: how far the means of these inputs moved since the "
+        "last time, over σ; Santurkar et al.'s shift, 1 − cos of the angle between the layer's gradient before and "
+        f"after the layers below it took their step; along the gradient, {REACH[0]} to {REACH[-1]} steps far, the "
+        "range of the loss, the largest change of the gradient, and that over the distance (effective β-smoothness). "
+        "Numbers in the table are means over training."
     )
 
 
 def measure(settings: Settings) -> Found:
     steps, every = settings.pick(400, 20), settings.pick(20, 10)
     found: Found = {"steps": steps, "every": every, "at": list(range(every, steps, every))}
-    for arm in NORMS:
-        found[arm] = {key: [] for key in ("loss", "test", "percentiles", *MEASURES)}
+    for name in ACTIVATIONS:
+        found[name] = {arm: {key: [] for key in ("loss", "percentiles", *MEASURES)} for arm in NORMS}
     for seed in settings.track(range(settings.seeds), TITLE):
         data = digits(seed)
-        for arm, norm in NORMS.items():
-            for key, value in watched(data, norm, steps, every, seed).items():
-                found[arm][key].append(value)
-    for arm in NORMS:
-        del found[arm]["percentiles"][1:]
+        for name, activation in ACTIVATIONS.items():
+            for arm, norm in NORMS.items():
+                for key, value in watched(data, norm, activation, steps, every, seed).items():
+                    if key != "percentiles" or not seed:
+                        found[name][arm][key].append(value)
     return found
 
 
-def watched(data: Data, norm: Norm | None, steps: int, every: int, seed: int) -> Found:
-    model = mlp(WIDTHS, norm, nn.Tanh, seed=seed)
-    hidden = len(model) - 2  # the last tanh
+def watched(data: Data, norm: Norm | None, activation: type[nn.Module], steps: int, every: int, seed: int) -> Found:
+    model = mlp(WIDTHS, norm, activation, seed=seed)
+    hidden = len(model) - 2  # the last activation
     before_last = [i for i, module in enumerate(model) if isinstance(module, nn.Linear)][-2]
     losses: list[float] = []
     found: Found = {key: [] for key in ("percentiles", *MEASURES)}
@@ -111,7 +112,7 @@ def watched(data: Data, norm: Norm | None, steps: int, every: int, seed: int) ->
         torch.rand(1)  # the next step's noise is another
         losses.append(loss)
     loss = np.array(losses).reshape(-1, every).mean(1).tolist()
-    return {"loss": loss, "test": evaluate(model, data.test_x, data.test_y)[0], **found}
+    return {"loss": loss, **found}
 
 
 def at(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, list[Tensor]]:
@@ -159,18 +160,19 @@ def along_gradient(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
 
 def draw(found: Found) -> Any:
     figure, axes = panels(4, 2, width=12.5, height=2.9)
+    shown = found["ReLU"]
     at_steps = np.arange(0, found["steps"], found["every"])
     for axis, arm in zip(axes, NORMS, strict=False):
-        low, middle, high = np.array(found[arm]["percentiles"][0]).T
+        low, middle, high = np.array(shown[arm]["percentiles"][0]).T
         color = STYLES[arm][0]
         axis.fill_between(at_steps, low, high, color=color, alpha=0.25, linewidth=0)
         axis.plot(at_steps, middle, color=color)
-        axis.set(title=LABELS[arm], ylabel="an input of the last tanh")
+        axis.set(title=LABELS[arm], ylabel="an input of the last ReLU")
     titles = {"loss": "training loss", "moved": "mean's movement / σ", "turned": "shift, 1 − cos",
               "variation": "range of the loss", "smoothness": "effective β-smoothness"}  # fmt: skip
     for axis, (key, title) in zip(axes[3:], titles.items(), strict=True):
         for arm, (color, marker) in STYLES.items():
-            by_step = list(zip(*found[arm][key], strict=True))
+            by_step = list(zip(*shown[arm][key], strict=True))
             x = found["at"] if key != "loss" else at_steps + found["every"] / 2
             curve(axis, x, by_step, color, LABELS[arm], marker=marker, markersize=3)
         axis.set(yscale="log", ylabel=title)
@@ -181,45 +183,56 @@ def draw(found: Found) -> Any:
 
 
 def claims(found: Found) -> list[Claim]:
-    means = {arm: {key: np.array(found[arm][key]).mean(1).tolist() for key in (*MEASURES, "loss")} for arm in NORMS}
+    """A mean over training for each seed, with each activation."""
+    means = {
+        name: {arm: {key: np.array(found[name][arm][key]).mean(1).tolist() for key in (*MEASURES, "loss")}
+               for arm in NORMS}
+        for name in ACTIVATIONS
+    }  # fmt: skip
 
     def told(key: str, arms: Sequence[str] = ("with", "without")) -> str:
-        return ", ".join(f"{spread(means[arm][key])} {LABELS[arm]}" for arm in arms)
+        return "; ".join(
+            f"{name}: " + ", ".join(f"{spread(means[name][arm][key])} {LABELS[arm]}" for arm in arms)
+            for name in ACTIVATIONS
+        )
 
-    def below(key: str, one: str = "with", other: str = "without") -> list[bool]:
-        return [a < b for a, b in zip(means[one][key], means[other][key], strict=True)]
+    def below(key: str) -> list[bool]:
+        return [a < b for each in means.values() for a, b in zip(each["with"][key], each["without"][key], strict=True)]
 
     return [
         Claim(
             "Batch norm reduces covariate shift: the distribution of a layer's inputs is steadier.",
-            f"The means of the last hidden layer's inputs move, over {found['every']} steps, {told('moved')} (in σ, "
-            "mean over training).",
+            f"The means of the last hidden layer's inputs move, over {found['every']} steps, in σ, {told('moved')}.",
             below("moved"),
         ),
         Claim(
             "The same, as Santurkar et al. define it: the layer's gradient turns less when those below it step.",
-            f"1 − cos: {told('turned')}, mean over training.",
+            f"1 − cos, {told('turned')}.",
             below("turned"),
         ),
         Claim(
             "Such a shift slows training (Ioffe and Szegedy): noise that puts it back after batch norm does.",
-            f"With noise after it 1 − cos is {told('turned', ('noisy',))}; the training loss, mean over training, "
+            f"1 − cos with the noise, {told('turned', ('noisy',))}. Training loss, mean over training, "
             f"{told('loss', ('with', 'noisy', 'without'))}.",
-            [a > b for a, b in zip(means["noisy"]["loss"], means["with"]["loss"], strict=True)],
+            [
+                a > b
+                for each in means.values()
+                for a, b in zip(each["noisy"]["loss"], each["with"]["loss"], strict=True)
+            ],
         ),
         Claim(
             "It smooths the loss surface (Santurkar et al.): along the gradient the loss ranges less.",
-            f"Range: {told('variation')}.",
+            f"Range, {told('variation')}.",
             below("variation"),
         ),
         Claim(
             "… the gradient changes less, and is so more predictive.",
-            f"Largest change: {told('predictiveness')}.",
+            f"Largest change, {told('predictiveness')}.",
             below("predictiveness"),
         ),
         Claim(
             "… and effective β-smoothness is lower.",
-            f"{told('smoothness')[0].upper() + told('smoothness')[1:]}.",
+            f"Largest change over distance, {told('smoothness')}.",
             below("smoothness"),
         ),
     ]
