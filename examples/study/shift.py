@@ -69,7 +69,8 @@ def setup(found: Found) -> str:
         "last time, over σ; Santurkar et al.'s shift, 1 − cos of the angle between the layer's gradient before and "
         f"after the layers below it took their step; along the gradient, {REACH[0]} to {REACH[-1]} steps far, the "
         "range of the loss, the largest change of the gradient, and that over the distance (effective β-smoothness). "
-        "Numbers in the table are means over training."
+        "Numbers in the table are means over training. ReLU was added after tanh's numbers had been seen; the verdicts "
+        "depend on it."
     )
 
 
