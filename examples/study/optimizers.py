@@ -128,7 +128,8 @@ def claims(found: Found) -> list[Claim]:
         ),
         Claim(
             "It generalizes better with each of them.",
-            f"Test accuracy without it: {told('accuracy', 'without', percent)}. (Asked after the numbers had been seen.)",
+            f"Test accuracy without it: {told('accuracy', 'without', percent)}. "
+            "(Asked after the numbers had been seen.)",
             [
                 a > b
                 for name in OPTIMIZERS
