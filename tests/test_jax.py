@@ -415,6 +415,11 @@ class TestWithoutPython:
             ({"arguments": 3}, "fewer arrays"),
             ({"training": 0}, "running statistics are missing"),
             ({"results": 1}, "the statistics are missing"),
+            ({"span": 0}, "sizes that no kernel takes"),
+            ({"batch": -4, "inner": -6}, "sizes that no kernel takes"),
+            ({"inner": 6, "span": 4}, "sizes that no kernel takes"),
+            ({"activation": 6}, "unknown activation"),
+            ({"correction": 2}, "correction must be 0 or 1"),
         ):
             with pytest.raises(Exception, match=message):
                 jax.block_until_ready(call(x, **changed))

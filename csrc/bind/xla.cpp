@@ -95,7 +95,14 @@ struct Norm {
         correction(of<int64_t>(all, "correction")),
         epilogue{Activation(of<int64_t>(all, "activation")), of<double>(all, "slope"), {}},
         arguments(of<int64_t>(all, "arguments")),
-        results(of<int64_t>(all, "results")) {}
+        results(of<int64_t>(all, "results")) {
+    const Fold& f = fold;
+    expect(f.batch > 0 && f.outer > 0 && f.groups > 0 && f.inner > 0 && f.span > 0 && f.inner % f.span == 0,
+           "sizes that no kernel takes");
+    expect(epilogue.activation >= Activation::identity && epilogue.activation <= Activation::tanh,
+           "unknown activation");
+    expect(correction == 0 || correction == 1, "correction must be 0 or 1");
+  }
 
  private:
   template <class T>
