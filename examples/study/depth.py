@@ -8,7 +8,23 @@ import fusednorm.torch as fnt
 from torch import nn
 from torch.nn import functional
 
-from .common import BATCH, WITH, WITHOUT, Claim, Found, Settings, curve, digits, mlp, number, panels, spread, trained
+from .common import (
+    BATCH,
+    LOSS,
+    WITH,
+    WITHOUT,
+    Claim,
+    Found,
+    Settings,
+    curve,
+    mlp,
+    number,
+    panels,
+    split,
+    spread,
+    trained,
+    widths,
+)
 
 TITLE = "Depth with sigmoid and tanh"
 WIDTH = 64
@@ -23,8 +39,8 @@ def setup(found: Found) -> str:
     return (
         f"MLPs of {', '.join(map(str, found['depths']))} hidden layers, {WIDTH} wide; gradient descent, "
         f"{found['epochs']} epochs of batches of {BATCH}, at the better of the rates {rates}, chosen for each seed. A "
-        f"net trains if the loss of the last epoch is below {USABLE}. Below: the norm of the loss's gradient with "
-        f"respect to each layer's weights, before training, {found['depths'][-1]} hidden layers."
+        f"net trains if the training loss of the last epoch is below {USABLE}. Bottom: the norm of the loss's gradient "
+        f"with respect to each layer's weights, before training, {found['depths'][-1]} hidden layers."
     )
 
 
@@ -34,19 +50,19 @@ def measure(settings: Settings) -> Found:
     for name in ACTIVATIONS:
         found[name] = {arm: {"loss": [[] for _ in depths], "gradients": []} for arm in ARMS}
     for seed in settings.track(range(settings.seeds), TITLE):
-        data = digits(seed)
+        data = split(settings, seed)
         for name, activation in ACTIVATIONS.items():
             for arm, norm in ARMS.items():
                 into = found[name][arm]
                 for i, depth in enumerate(depths):
-                    widths = 64, *[WIDTH] * depth, 10
+                    shape = widths(settings, *[WIDTH] * depth)
                     losses = [
-                        trained(mlp(widths, norm, activation, seed=seed), data, rate, epochs * len(data.x) // BATCH,
+                        trained(mlp(shape, norm, activation, seed=seed), data, rate, epochs * len(data.x) // BATCH,
                                 seed=seed)
                         for rate in RATES
                     ]  # fmt: skip
                     into["loss"][i].append(min(losses))
-                model = mlp(widths, norm, activation, seed=seed)
+                model = mlp(shape, norm, activation, seed=seed)
                 functional.cross_entropy(model(data.x[:BATCH]), data.y[:BATCH]).backward()
                 into["gradients"].append([m.weight.grad.norm().item() for m in model if isinstance(m, nn.Linear)])
     return found
@@ -60,11 +76,11 @@ def draw(found: Found) -> Any:
             curve(axes[i], found["depths"], each["loss"], color, label, marker=marker)
             by_layer = list(zip(*each["gradients"], strict=True))
             curve(axes[2 + i], range(1, len(by_layer) + 1), by_layer, color, label, marker=marker)
-        axes[i].set(xscale="log", yscale="log", title=name, xlabel="hidden layers", ylabel="training loss, last epoch")
+        axes[i].set(xscale="log", yscale="log", title=name, xlabel="hidden layers", ylabel=LOSS)
         axes[i].set_xticks(found["depths"], found["depths"])
         axes[i].minorticks_off()
         axes[2 + i].set_xticks(range(1, len(by_layer) + 1, 2))
-        axes[2 + i].set(yscale="log", xlabel="layer", ylabel="norm of ∂/∂W at the start")
+        axes[2 + i].set(yscale="log", xlabel="layer, from the input", ylabel="norm of ∂/∂W before training")
     axes[0].legend(frameon=False)
     return figure
 
@@ -78,8 +94,8 @@ def claims(found: Found) -> list[Claim]:
         at_depth = {arm: found[name][arm]["loss"][-1] for arm in ARMS}
         made.append(
             Claim(
-                f"Batch norm makes deep nets with {name} trainable.",
-                f"The deepest that trains has {spread(deepest['with'])} hidden layers with, "
+                f"Batch norm makes deep nets with {name} trainable that are not without it.",
+                f"Of up to {depths[-1]} hidden layers the deepest net that trains has {spread(deepest['with'])} with, "
                 f"{spread(deepest['without'])} without; loss at {depths[-1]}: {spread(at_depth['with'])} with, "
                 f"{spread(at_depth['without'])} without.",
                 [a > b for a, b in zip(deepest["with"], deepest["without"], strict=True)],
@@ -90,9 +106,9 @@ def claims(found: Found) -> list[Claim]:
         apart = {arm: [max(r, 1 / r) if r else float("inf") for r in ratios[arm]] for arm in ARMS}
         made.append(
             Claim(
-                f"It keeps gradients from vanishing and exploding ({name}).",
+                f"Batch norm keeps gradients from vanishing or exploding with depth ({name}).",
                 f"Norm in the first layer over that in the last hidden one: {spread(ratios['with'])} with, "
-                f"{spread(ratios['without'])} without.",
+                f"{spread(ratios['without'])} without; with it is checked to be nearer to 1.",
                 [a < b for a, b in zip(apart["with"], apart["without"], strict=True)],
             )
         )

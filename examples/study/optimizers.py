@@ -15,24 +15,29 @@ from .common import (
     BATCH,
     BLUE,
     CYAN,
+    LOSS,
     RED,
     Claim,
     Found,
     Norm,
     Settings,
-    digits,
+    chain,
     evaluate,
     final,
+    in_percent,
     mlp,
     number,
     panels,
     percent,
+    points,
+    split,
     spread,
     training,
+    widths,
 )
 
 TITLE = "Optimizers"
-WIDTHS = 64, 64, 64, 64, 10
+HIDDEN = 64, 64, 64
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
     "SGD": (torch.optim.SGD, (0.03, 0.1, 0.3, 1.0)),
     "momentum": (partial(torch.optim.SGD, momentum=0.9), (0.003, 0.01, 0.03, 0.1)),
@@ -50,25 +55,26 @@ LABELS = {"learned": ("γ, β learned", BLUE), "fixed": ("γ = 1, β = 0", CYAN)
 
 def setup(found: Found) -> str:
     return (
-        f"An MLP {'-'.join(map(str, WIDTHS))} with ReLU, {found['epochs']} epochs of batches of {BATCH}; each "
-        "optimizer with PyTorch's other settings (momentum 0.9) at four rates, half a decade apart, the best of which "
-        "by training loss counts, for each seed. One optimizer has all parameters, γ and β among them."
+        f"An MLP {chain(found['widths'])} with ReLU, {found['epochs']} epochs of batches of {BATCH}. Each optimizer, "
+        "with momentum 0.9 where it has any and PyTorch's defaults otherwise, has four rates, half a decade apart; the "
+        "one whose training loss is the lowest counts, for each seed. It steps all parameters alike, γ and β among "
+        "them."
     )
 
 
 def measure(settings: Settings) -> Found:
     epochs = settings.pick(6, 1)
-    found: Found = {"epochs": epochs}
+    found: Found = {"widths": widths(settings, *HIDDEN), "epochs": epochs}
     for name in OPTIMIZERS:
         found[name] = {arm: {key: [] for key in ("rate", "loss", "accuracy", "gamma", "beta")} for arm in ARMS}
     for seed in settings.track(range(settings.seeds), TITLE):
-        data = digits(seed)
+        data = split(settings, seed)
         epoch = len(data.x) // BATCH
         for name, (make, rates) in OPTIMIZERS.items():
             for arm, norm in ARMS.items():
                 runs = []
                 for rate in settings.pick(rates, rates[1:3]):
-                    model = mlp(WIDTHS, norm, seed=seed)
+                    model = mlp(found["widths"], norm, seed=seed)
                     losses = [*training(model, data, make(model.parameters(), lr=rate), epochs * epoch, seed=seed)]
                     runs.append((final(losses, epochs * epoch, epoch), rate, model))
                 loss, rate, model = min(runs, key=lambda run: run[0])
@@ -88,20 +94,16 @@ def draw(found: Found) -> Any:
     at = np.arange(len(OPTIMIZERS))
     for i, (arm, (label, color)) in enumerate(LABELS.items()):
         for axes, key in ((loss, "loss"), (accuracy, "accuracy")):
-            values = np.array([found[name][arm][key] for name in OPTIMIZERS])
-            middle = np.median(values, 1)
-            around = np.stack((middle - values.min(1), values.max(1) - middle))
-            axes.errorbar(at + 0.2 * (i - 1), middle, around, fmt="osD"[i], color=color, label=label, capsize=2)
+            by_name = [found[name][arm][key] for name in OPTIMIZERS]
+            points(axes, at + 0.2 * (i - 1), by_name, color, label, marker="osD"[i])
     for i, (key, label, color) in enumerate((("gamma", "γ − 1", BLUE), ("beta", "β", CYAN))):
-        values = np.array([found[name]["learned"][key] for name in OPTIMIZERS])
-        middle = np.median(values, 1)
-        around = np.stack((middle - values.min(1), values.max(1) - middle))
-        moved.errorbar(at + 0.2 * (i - 0.5), middle, around, fmt="oD"[i], color=color, label=label, capsize=2)
+        by_name = [found[name]["learned"][key] for name in OPTIMIZERS]
+        points(moved, at + 0.2 * (i - 0.5), by_name, color, label, marker="oD"[i])
     for axes in (loss, accuracy, moved):
         axes.set_xticks(at, OPTIMIZERS, rotation=30)
-    loss.set(yscale="log", ylabel="training loss, last epoch")
-    accuracy.set(ylabel="test accuracy")
-    moved.set(ylabel="how far they moved, root mean square", ylim=(0, None))
+    loss.set(yscale="log", ylabel=LOSS)
+    in_percent(accuracy)
+    moved.set(ylabel="root mean square after training", ylim=(0, None))
     loss.legend(frameon=False, fontsize=8)
     moved.legend(frameon=False)
     return figure
@@ -118,18 +120,24 @@ def claims(found: Found) -> list[Claim]:
     return [
         Claim(
             "Batch norm works with momentum, Nesterov, RMSprop and Adam as well as with plain gradient descent.",
-            f"Test accuracy with it: {told('accuracy', 'learned', percent)}; it is checked to be above 95 %.",
-            [accuracy > 0.95 for name in OPTIMIZERS for accuracy in found[name]["learned"]["accuracy"]],
+            f"Test accuracy with it: {told('accuracy', 'learned', percent)}; it is checked to be at most one point "
+            "below that of SGD.",
+            [
+                a >= b - 0.01
+                for name in OPTIMIZERS
+                if name != "SGD"
+                for a, b in zip(found[name]["learned"]["accuracy"], found["SGD"]["learned"]["accuracy"], strict=True)
+            ],
         ),
         Claim(
-            "It speeds up training with each of them.",
+            "Batch norm speeds up training with each optimizer: the training loss is lower.",
             f"Training loss with: {told('loss', 'learned')}; without: {told('loss', 'without')}.",
             compared("learned", "without"),
         ),
         Claim(
-            "It generalizes better with each of them.",
+            "Batch norm generalizes better with each optimizer: the test accuracy is higher.",
             f"Test accuracy without it: {told('accuracy', 'without', percent)}. "
-            "(Asked after the numbers had been seen.)",
+            "(Asked after the numbers on digits had been seen.)",
             [
                 a > b
                 for name in OPTIMIZERS
@@ -137,9 +145,9 @@ def claims(found: Found) -> list[Claim]:
             ],
         ),
         Claim(
-            "Learning γ and β helps.",
-            f"Training loss with γ = 1 and β = 0: {told('loss', 'fixed')}. Learned γ are from 1, root mean square: "
-            f"{told('gamma', 'learned')}; β from 0: {told('beta', 'learned')}.",
+            "Learning γ and β helps: the training loss is lower.",
+            f"Training loss with γ = 1 and β = 0: {told('loss', 'fixed')}. Root mean square of γ − 1 after training: "
+            f"{told('gamma', 'learned')}; of β: {told('beta', 'learned')}.",
             compared("learned", "fixed"),
         ),
     ]

@@ -8,48 +8,53 @@ import fusednorm.torch as fnt
 import numpy as np
 
 from .common import (
+    BATCH,
+    LOSS,
     TRAINED_ON,
     WITH,
     WITHOUT,
     Claim,
     Found,
     Settings,
+    chain,
     curve,
-    digits,
     evaluate,
+    in_percent,
     mlp,
     panels,
     percent,
+    split,
     spread,
     trained,
+    widths,
 )
 
 TITLE = "Learning rates"
-WIDTHS = 64, 128, 128, 128, 10
+HIDDEN = 128, 128, 128
 USABLE = 0.1  # training loss of the last epoch
-EPOCH = TRAINED_ON // 64
+EPOCH = TRAINED_ON // BATCH
 
 
 def setup(found: Found) -> str:
     return (
-        f"An MLP {'-'.join(map(str, WIDTHS))} with ReLU, plain gradient descent, {found['epochs']} epochs of batches "
-        f"of 64, at {len(found['rates'])} learning rates. A rate is usable if the training loss of the last epoch is "
-        f"below {USABLE}."
+        f"An MLP {chain(found['widths'])} with ReLU, plain gradient descent, {found['epochs']} epochs of batches of "
+        f"{BATCH}, at {len(found['rates'])} learning rates, four a decade. A rate is usable if the training loss of "
+        f"the last epoch is below {USABLE}."
     )
 
 
 def measure(settings: Settings) -> Found:
     rates = [float(rate) for rate in 10 ** settings.pick(np.arange(-3, 2.01, 0.25), np.arange(-2.0, 1.1, 1.0))]
     epochs = settings.pick(10, 2)
-    found: Found = {"rates": rates, "epochs": epochs}
+    found: Found = {"widths": widths(settings, *HIDDEN), "rates": rates, "epochs": epochs}
     arms = {"with": fnt.BatchNorm1d, "without": None}
     for arm in arms:
         found[arm] = {"loss": [[] for _ in rates], "accuracy": [[] for _ in rates]}
     for seed in settings.track(range(settings.seeds), TITLE):
-        data = digits(seed)
+        data = split(settings, seed)
         for i, rate in enumerate(rates):
             for arm, norm in arms.items():
-                model = mlp(WIDTHS, norm, seed=seed)
+                model = mlp(found["widths"], norm, seed=seed)
                 found[arm]["loss"][i].append(trained(model, data, rate, epochs * EPOCH, seed=seed))
                 found[arm]["accuracy"][i].append(evaluate(model, data.test_x, data.test_y)[1])
     return found
@@ -63,8 +68,8 @@ def draw(found: Found) -> Any:
         curve(accuracy, found["rates"], found[arm]["accuracy"], color, label, marker=marker)
     loss.axhline(USABLE, color="#333333", linewidth=0.8, linestyle=":")
     loss.annotate("usable below", (found["rates"][0], USABLE), (0, 3), textcoords="offset points", fontsize=8)
-    loss.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="training loss, last epoch")
-    accuracy.set(xscale="log", xlabel="learning rate", ylabel="test accuracy", ylim=(0, 1.02))
+    loss.set(xscale="log", yscale="log", xlabel="learning rate", ylabel=LOSS)
+    in_percent(accuracy, xscale="log", xlabel="learning rate", ylim=(0, 1.02))
     accuracy.legend(frameon=False)
     return figure
 
@@ -82,17 +87,17 @@ def claims(found: Found) -> list[Claim]:
         arm: [max(by_rate[seed] for by_rate in found[arm]["accuracy"]) for seed in seeds] for arm in ("with", "without")
     }
     least = {arm: [min(by_rate[seed] for by_rate in found[arm]["loss"]) for seed in seeds] for arm in best}
-    higher = [a / b if b else float("inf") for a, b in zip(top["with"], top["without"], strict=True)]
+    higher = [a / b if b else float("inf") if a else 1.0 for a, b in zip(top["with"], top["without"], strict=True)]
     return [
         Claim(
             "Batch norm allows larger learning rates.",
             f"The largest usable rate is {spread(top['with'])} with, {spread(top['without'])} without: "
-            f"{spread(higher)} times as large. The smallest usable one is {spread(bottom['with'])} with, "
-            f"{spread(bottom['without'])} without.",
+            f"{spread(higher)} times as large; it is checked to be more than twice, two of the rates. The smallest "
+            f"usable one is {spread(bottom['with'])} with, {spread(bottom['without'])} without.",
             [ratio > 2 for ratio in higher],
         ),
         Claim(
-            "Batch norm speeds up training: at the best rate of each the loss is lower.",
+            "Batch norm speeds up training: each at its best rate, the training loss is lower.",
             f"Lowest training loss {spread(least['with'])} with, {spread(least['without'])} without; best test "
             f"accuracy {spread(best['with'], percent)} and {spread(best['without'], percent)}.",
             [a < b for a, b in zip(least["with"], least["without"], strict=True)],

@@ -15,52 +15,61 @@ from .common import (
     BATCH,
     BLUE,
     GREEN,
+    LOSS,
     WITH,
     WITHOUT,
     Claim,
     Found,
     Settings,
+    chain,
     curve,
-    digits,
     mlp,
     number,
     panels,
+    split,
     spread,
     trained,
+    widths,
 )
 
 TITLE = "The scale of the initial weights"
-WIDTHS = 64, 128, 128, 128, 10
+HIDDEN = 128, 128, 128
 RATE = 0.1
 USABLE = 0.1  # training loss of the last epoch
 EPS = {"none": 1e-30, "usual": 1e-5}  # 0 is refused: a constant feature would be divided by it
 FACTORS = {"tens": 10 ** np.arange(-2, 2.1, 0.5), "twos": 2.0 ** np.arange(-8, 9)}  # by twos nothing is rounded
-ROUNDING = WIDTHS[0] * float(np.finfo(np.float32).eps)  # of a sum of as many products
+
+
+def rounding(found: Found) -> float:
+    """Of a sum over the inputs, in float32."""
+    return float(found["widths"][0] * np.finfo(np.float32).eps)
 
 
 def setup(found: Found) -> str:
     return (
-        f"Left: an MLP {'-'.join(map(str, WIDTHS))} with ReLU, whose initial weights, output layer included, are a "
-        f"times Glorot's; gradient descent, rate {RATE}, {found['epochs']} epochs. Right: one layer u → W·u → batch "
-        "norm, W times a: how far y, ∂/∂u and a·∂/∂W are from those at a = 1 at most, relative to their largest "
-        f"element, in float32; rounding: {WIDTHS[0]} units in the last place, for sums of as many products."
+        f"Left: an MLP {chain(found['widths'])} with ReLU, whose initial weights, output layer included, are a times "
+        f"Glorot's; gradient descent, rate {RATE}, {found['epochs']} epochs of batches of {BATCH}. Right: one layer "
+        "u → W·u → batch norm, with a·W for W: how far y, ∂/∂u and a·∂/∂W are at most from those at a = 1, relative to "
+        f"their largest element, in float32. Rounding: {found['widths'][0]} units in the last place, for sums of as "
+        "many products."
     )
 
 
 def measure(settings: Settings) -> Found:
     scales = [float(a) for a in 10 ** settings.pick(np.arange(-2, 2.01, 0.5), np.arange(-2.0, 2.1, 2.0))]
     epochs = settings.pick(10, 2)
-    found: Found = {"scales": scales, "epochs": epochs, "factors": FACTORS["tens"].tolist()}
+    found: Found = {"widths": widths(settings, *HIDDEN), "scales": scales, "epochs": epochs}
+    found["factors"] = FACTORS["tens"].tolist()
     arms = {"with": fnt.BatchNorm1d, "without": None}
     for arm in arms:
         found[arm] = [[] for _ in scales]
     found["invariance"] = {name: [] for name in EPS}
     found["exact"] = []
     for seed in settings.track(range(settings.seeds), TITLE):
-        data = digits(seed)
+        data = split(settings, seed)
         for i, a in enumerate(scales):
             for arm, norm in arms.items():
-                model = mlp(WIDTHS, norm, seed=seed)
+                model = mlp(found["widths"], norm, seed=seed)
                 with torch.no_grad():
                     for module in model:
                         if isinstance(module, nn.Linear):
@@ -97,15 +106,20 @@ def draw(found: Found) -> Any:
     for arm, (color, label), marker in (("with", WITH, "o"), ("without", WITHOUT, "s")):
         curve(loss, found["scales"], found[arm], color, label, marker=marker)
     loss.axhline(USABLE, color="#333333", linewidth=0.8, linestyle=":")
-    loss.set(xscale="log", yscale="log", xlabel="a, times Glorot's weights", ylabel="training loss, last epoch")
+    loss.annotate("trains below", (found["scales"][0], USABLE), (0, 3), textcoords="offset points", fontsize=8)
+    loss.set(xscale="log", yscale="log", xlabel="initial weights over Glorot's, a", ylabel=LOSS)
     loss.legend(frameon=False)
     for name, color, marker in (("usual", BLUE, "o"), ("none", GREEN, "D")):
         by_factor = np.maximum(np.array(found["invariance"][name]).T, 1e-8)
         label = f"ε = $10^{{{np.log10(EPS[name]):.0f}}}$"
         curve(invariant, found["factors"], by_factor.tolist(), color, label, marker=marker)
-    invariant.axhline(ROUNDING, color="#333333", linewidth=0.8, linestyle=":")
-    invariant.annotate("rounding", (found["factors"][0], ROUNDING), (0, 3), textcoords="offset points", fontsize=8)
-    invariant.set(xscale="log", yscale="log", xlabel="a, times W", ylabel="largest deviation from a = 1")
+    invariant.axhline(rounding(found), color="#333333", linewidth=0.8, linestyle=":")
+    invariant.annotate(
+        "rounding", (found["factors"][0], rounding(found)), (0, 3), textcoords="offset points", fontsize=8
+    )
+    invariant.set(
+        xscale="log", yscale="log", xlabel="scale of the weights, a", ylabel="largest deviation from a = 1, relative"
+    )
     invariant.legend(frameon=False)
     return figure
 
@@ -135,11 +149,11 @@ def claims(found: Found) -> list[Claim]:
             [a > b for a, b in zip(reach["with"], reach["without"], strict=True)],
         ),
         Claim(
-            "W times a leaves y and ∂/∂u as they are and divides ∂/∂W by a.",
-            f"With ε = 10^-30 nothing is further off than {spread(worst)}, and by powers of two than "
-            f"{spread(found['exact'])}. ε = 10^-5 is a part of the variance that does not scale: "
-            f"{spread(off['usual'][0])} at a = {number(found['factors'][0])}, {spread(off['usual'][-1])} at a = "
-            f"{number(found['factors'][-1])}.",
-            [error <= ROUNDING for error in worst] + [error == 0 for error in found["exact"]],
+            "Scaling W by a leaves y and ∂/∂u unchanged and divides ∂/∂W by a.",
+            f"With ε = {number(EPS['none'])} the largest deviation is {spread(worst)}, for powers of two "
+            f"{spread(found['exact'])}; checked are rounding, {number(rounding(found))}, and 0. ε = "
+            f"{number(EPS['usual'])} does not scale with the variance that it is added to: {spread(off['usual'][0])} "
+            f"at a = {number(found['factors'][0])}, {spread(off['usual'][-1])} at a = {number(found['factors'][-1])}.",
+            [error <= rounding(found) for error in worst] + [error == 0 for error in found["exact"]],
         ),
     ]

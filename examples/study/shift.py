@@ -23,15 +23,17 @@ from .common import (
     Norm,
     Settings,
     batches,
+    chain,
     curve,
-    digits,
     mlp,
     panels,
+    split,
     spread,
+    widths,
 )
 
 TITLE = "Internal covariate shift and the loss surface"
-WIDTHS = 64, *[64] * 6, 10
+HIDDEN = [64] * 6
 RATE = 0.1
 ACTIVATIONS = {"tanh": nn.Tanh, "ReLU": nn.ReLU}
 REACH = 0.5, 1.0, 2.0, 4.0  # of the step, times its length, as in the paper
@@ -61,26 +63,27 @@ NORMS: dict[str, Norm | None] = {"without": None, "with": fnt.BatchNorm1d, "nois
 
 def setup(found: Found) -> str:
     return (
-        f"MLPs {'-'.join(map(str, WIDTHS))} with tanh and with ReLU, gradient descent, rate {RATE}, {found['steps']} "
-        f"steps of batches of {BATCH}. The noise after batch norm draws, at each step, a shift and a scale for each "
-        "feature anew, so that what the next layer gets is anything but steady. The figure is of ReLU. Top: the 15th, "
-        "50th and 85th percentile of one input of the last hidden layer's activation on the training set, in the first "
-        f"seed; and losses. Below, every {found['every']} steps: how far the means of these inputs moved since the "
-        "last time, over σ; Santurkar et al.'s shift, 1 − cos of the angle between the layer's gradient before and "
-        f"after the layers below it took their step; along the gradient, {REACH[0]} to {REACH[-1]} steps far, the "
-        "range of the loss, the largest change of the gradient, and that over the distance (effective β-smoothness). "
-        "Numbers in the table are means over training. ReLU was added after tanh's numbers had been seen; the verdicts "
-        "depend on it."
+        f"MLPs {chain(found['widths'])} with tanh and with ReLU, gradient descent, rate {RATE}, {found['steps']} steps "
+        f"of batches of {BATCH}. The noise after batch norm has a shift and a scale for each feature, drawn anew at "
+        "each step, so that the next layer's inputs keep changing. The figure shows ReLU. Top: the 15th, 50th and 85th "
+        "percentile of one input of the last hidden layer's activation on the training set, in the first seed alone; "
+        f"and losses. Bottom, every {found['every']} steps: how far the means of these inputs moved since the last "
+        "time, over σ; Santurkar et al.'s shift, 1 − cos of the angle between the layer's gradient before and after "
+        f"the layers below it took their step; and, {REACH[0]} to {REACH[-1]} steps along the gradient, the range of "
+        "the loss and the largest change of the gradient over the distance (effective β-smoothness). Numbers in the "
+        "table are means over training, the largest change of the gradient among them. ReLU was added after tanh's "
+        "numbers on digits had been seen; the verdicts depend on it."
     )
 
 
 def measure(settings: Settings) -> Found:
     steps, every = settings.pick(400, 20), settings.pick(20, 10)
-    found: Found = {"steps": steps, "every": every, "at": list(range(every, steps, every))}
+    found: Found = {"widths": widths(settings, *HIDDEN), "steps": steps, "every": every}
+    found["at"] = list(range(every, steps, every))
     for name in ACTIVATIONS:
         found[name] = {arm: {key: [] for key in ("loss", "percentiles", *MEASURES)} for arm in NORMS}
     for seed in settings.track(range(settings.seeds), TITLE):
-        data = digits(seed)
+        data = split(settings, seed)
         for name, activation in ACTIVATIONS.items():
             for arm, norm in NORMS.items():
                 for key, value in watched(data, norm, activation, steps, every, seed).items():
@@ -90,7 +93,7 @@ def measure(settings: Settings) -> Found:
 
 
 def watched(data: Data, norm: Norm | None, activation: type[nn.Module], steps: int, every: int, seed: int) -> Found:
-    model = mlp(WIDTHS, norm, activation, seed=seed)
+    model = mlp([data.features, *HIDDEN, 10], norm, activation, seed=seed)
     hidden = len(model) - 2  # the last activation
     before_last = [i for i, module in enumerate(model) if isinstance(module, nn.Linear)][-2]
     losses: list[float] = []
@@ -168,9 +171,9 @@ def draw(found: Found) -> Any:
         color = STYLES[arm][0]
         axis.fill_between(at_steps, low, high, color=color, alpha=0.25, linewidth=0)
         axis.plot(at_steps, middle, color=color)
-        axis.set(title=LABELS[arm], ylabel="an input of the last ReLU")
-    titles = {"loss": "training loss", "moved": "mean's movement / σ", "turned": "shift, 1 − cos",
-              "variation": "range of the loss", "smoothness": "effective β-smoothness"}  # fmt: skip
+        axis.set(title=LABELS[arm], ylabel="last ReLU's input, first seed")
+    titles = {"loss": "training loss, nats", "moved": "movement of the mean / σ", "turned": "shift, 1 − cos",
+              "variation": "range of the loss, nats", "smoothness": "effective β-smoothness"}  # fmt: skip
     for axis, (key, title) in zip(axes[3:], titles.items(), strict=True):
         for arm, (color, marker) in STYLES.items():
             by_step = list(zip(*shown[arm][key], strict=True))
@@ -202,19 +205,22 @@ def claims(found: Found) -> list[Claim]:
 
     return [
         Claim(
-            "Batch norm reduces covariate shift: the distribution of a layer's inputs is steadier.",
-            f"The means of the last hidden layer's inputs move, over {found['every']} steps, in σ, {told('moved')}.",
+            "Batch norm reduces covariate shift: the means of an activation's inputs are steadier.",
+            f"The means of the last activation's inputs move, over {found['every']} steps, in σ, {told('moved')}. "
+            "Batch norm makes them β, whatever the layers below do.",
             below("moved"),
         ),
         Claim(
-            "The same, as Santurkar et al. define it: the layer's gradient turns less when those below it step.",
+            "Batch norm reduces covariate shift as Santurkar et al. define it: a layer's gradient turns less when the "
+            "layers below it step.",
             f"1 − cos, {told('turned')}.",
             below("turned"),
         ),
         Claim(
-            "Such a shift slows training (Ioffe and Szegedy): noise that puts it back after batch norm does.",
+            "Covariate shift slows training (Ioffe and Szegedy): so does noise after batch norm that brings it back.",
             f"1 − cos with the noise, {told('turned', ('noisy',))}. Training loss, mean over training, "
-            f"{told('loss', ('with', 'noisy', 'without'))}.",
+            f"{told('loss', ('with', 'noisy', 'without'))}. The noise may slow training in "
+            "other ways, too.",
             [
                 a > b
                 for each in means.values()
@@ -222,17 +228,17 @@ def claims(found: Found) -> list[Claim]:
             ],
         ),
         Claim(
-            "It smooths the loss surface (Santurkar et al.): along the gradient the loss ranges less.",
+            "Batch norm smooths the loss surface (Santurkar et al.): along the gradient the loss varies less.",
             f"Range, {told('variation')}.",
             below("variation"),
         ),
         Claim(
-            "… the gradient changes less, and is so more predictive.",
+            "Batch norm makes gradients more predictive: along the gradient they change less.",
             f"Largest change, {told('predictiveness')}.",
             below("predictiveness"),
         ),
         Claim(
-            "… and effective β-smoothness is lower.",
+            "Batch norm lowers effective β-smoothness.",
             f"Largest change over distance, {told('smoothness')}.",
             below("smoothness"),
         ),

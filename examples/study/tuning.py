@@ -11,30 +11,36 @@ import optuna
 import torch
 
 from .common import (
+    BATCH,
     BLUE,
     COLORS,
     GRAY,
+    MARKERS,
     RED,
+    TRAINED_ON,
     Claim,
     Data,
     Found,
     Settings,
     bars,
-    digits,
+    chain,
+    curve,
     evaluate,
     mlp,
     number,
     panels,
+    split,
     spread,
     training,
+    widths,
 )
 
 TITLE = "Tuning"
-WIDTHS = 64, 64, 64, 10
+HIDDEN = 64, 64
 TRIALS = 16
 RATE, FORGET = (1e-4, 10.0), (1e-3, 1.0)  # of the learning rate, and of 1 − β
 MODELS = 8
-EPOCH = 21
+EPOCH = TRAINED_ON // BATCH
 
 Objective = Callable[[float, float], float]
 Box = tuple[tuple[float, float], tuple[float, float]]
@@ -42,28 +48,28 @@ Box = tuple[tuple[float, float], tuple[float, float]]
 
 def setup(found: Found) -> str:
     return (
-        f"An MLP {'-'.join(map(str, WIDTHS))} with ReLU and batch norm, gradient descent with momentum β for "
-        f"{found['epochs']} epochs of batches of 64; the loss on held-out digits is what is searched for, with "
-        f"{found['trials']} trials of a rate from {number(RATE[0])} to {number(RATE[1])} and of 1 − β from "
-        f"{number(FORGET[0])} to {number(FORGET[1])}; {found['repeats']} searches of each kind a seed, whose median "
-        "counts (one grid). Coarse to fine: half of the trials anywhere, the other half within half a decade of the "
-        f"best of these. Babysat: one model for {MODELS * found['epochs']} epochs, from a rate drawn at random, which "
-        f"is halved after an epoch whose loss is higher than the last and raised by a fifth after others. In "
-        f"parallel: {MODELS} models, rates drawn at random, the best of which counts, each for as long, or all "
-        "together."
+        f"An MLP {chain(found['widths'])} with ReLU and batch norm, gradient descent with momentum β for "
+        f"{found['epochs']} epochs of batches of {BATCH}. A search has {found['trials']} trials of a rate from "
+        f"{number(RATE[0])} to {number(RATE[1])} and of 1 − β from {number(FORGET[0])} to {number(FORGET[1])} to find "
+        f"the lowest loss on held-out images; for each seed there are {found['repeats']} searches of each kind, whose "
+        "median counts, and one grid. Coarse to fine: half of the trials anywhere, the other half within half a decade "
+        f"of the best of these. Babysat: one model for {MODELS * found['epochs']} epochs, from a rate drawn at random "
+        "that is halved after an epoch whose loss is higher than the last and raised by a fifth after the others. In "
+        f"parallel: the best of {MODELS} models, rates drawn at random, each for as many epochs as the babysat one, or "
+        "for as many in all."
     )
 
 
 def measure(settings: Settings) -> Found:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     epochs, repeats, trials = settings.pick(2, 1), settings.pick(5, 1), settings.pick(TRIALS, 4)
-    found: Found = {"epochs": epochs, "repeats": repeats, "trials": trials, "best": {name: [] for name in SEARCHES}}
-    found |= {"babysat": [], "parallel": [], "shared": []}
+    found: Found = {"widths": widths(settings, *HIDDEN), "epochs": epochs, "repeats": repeats, "trials": trials}
+    found |= {"best": {name: [] for name in SEARCHES}, "babysat": [], "parallel": [], "shared": []}
     for seed in settings.track(range(settings.seeds), TITLE):
-        data = digits(seed)
+        data = split(settings, seed)
 
         def objective(rate: float, forget: float, data: Data = data, seed: int = seed) -> float:
-            model = mlp(WIDTHS, seed=seed)
+            model = mlp([data.features, *HIDDEN, 10], seed=seed)
             optimizer = torch.optim.SGD(model.parameters(), rate, momentum=1 - forget)
             for _ in training(model, data, optimizer, epochs * EPOCH, seed=seed):
                 pass
@@ -134,7 +140,7 @@ def ways(data: Data, epochs: int, seed: int) -> dict[str, float]:
         for rate in 10 ** np.random.default_rng(seed).uniform(math.log10(RATE[0]), math.log10(RATE[1]), MODELS)
     ]
     length = MODELS * epochs
-    model = mlp(WIDTHS, seed=seed)
+    model = mlp([data.features, *HIDDEN, 10], seed=seed)
     optimizer = torch.optim.SGD(model.parameters(), rates[0], momentum=0.9)
     steps, last = training(model, data, optimizer, length * EPOCH, seed=seed), math.inf
     for _ in range(length):
@@ -146,7 +152,7 @@ def ways(data: Data, epochs: int, seed: int) -> dict[str, float]:
     for key, each in (("parallel", length), ("shared", epochs)):
         losses = []
         for rate in rates:
-            model = mlp(WIDTHS, seed=seed)
+            model = mlp([data.features, *HIDDEN, 10], seed=seed)
             for _ in training(
                 model, data, torch.optim.SGD(model.parameters(), rate, momentum=0.9), each * EPOCH, seed=seed
             ):
@@ -158,14 +164,14 @@ def ways(data: Data, epochs: int, seed: int) -> dict[str, float]:
 
 def draw(found: Found) -> Any:
     figure, (searches, models) = panels(2, width=11.0)
-    for (name, curves), color in zip(found["best"].items(), COLORS, strict=False):
-        middle = np.median(curves, 0)
-        searches.plot(range(1, len(middle) + 1), middle, color=color, label=name, marker="o", markersize=3)
-    searches.set(yscale="log", xlabel="trials", ylabel="lowest held-out loss so far")
+    for (name, curves), color, marker in zip(found["best"].items(), COLORS, MARKERS, strict=False):
+        by_trial = list(zip(*curves, strict=True))
+        curve(searches, range(1, len(by_trial) + 1), by_trial, color, name, marker=marker, markersize=3)
+    searches.set(yscale="log", xlabel="trials", ylabel="lowest held-out loss so far, nats")
     searches.legend(frameon=False, fontsize=8)
     names = "one, babysat", f"{MODELS} in parallel", f"{MODELS}, as many steps in all"
     bars(models, names, [found[key] for key in ("babysat", "parallel", "shared")], [RED, BLUE, GRAY])
-    models.set(xlabel="held-out loss")
+    models.set(xlabel="held-out loss, nats")
     return figure
 
 
@@ -185,22 +191,22 @@ def claims(found: Found) -> list[Claim]:
             below(last["random"], last["grid"]),
         ),
         Claim(
-            "The rate and 1 − β belong on a log scale.",
+            "The rate and 1 − β belong on a log scale: random search on it beats random search on linear scales.",
             f"Lowest loss: {told('random', 'random, linear scales')}.",
             below(last["random"], last["random, linear scales"]),
         ),
         Claim(
-            "Coarse to fine is better than looking everywhere.",
+            "Coarse to fine beats random search over the whole range.",
             f"Lowest loss: {told('coarse to fine', 'random')}; {told(list(SEARCHES)[-1])}.",
             below(last["coarse to fine"], last["random"]),
         ),
         Claim(
-            "Where there are machines for it, several models in parallel beat one that is babysat.",
+            "With enough machines, several models in parallel beat one that is babysat.",
             f"Held-out loss: {spread(found['parallel'])} of the best of {MODELS}, {spread(found['babysat'])} babysat.",
             below(found["parallel"], found["babysat"]),
         ),
         Claim(
-            "Where there are none, babysit one: as many steps in all are better spent on it.",
+            "With one machine, babysit one model: as many steps in all are better spent on it than on several.",
             f"Held-out loss: {spread(found['babysat'])} babysat, {spread(found['shared'])} of the best of {MODELS}.",
             below(found["babysat"], found["shared"]),
         ),
