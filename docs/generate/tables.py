@@ -22,11 +22,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -
 
 def errors(of: str) -> str:
     """The largest error of the variance or of y: mean/σ downwards, ways to the right."""
-    found = figures.errors()
+    found = figures.errors()["rows"]
     names = list(dict.fromkeys(row["way"] for row in found))
     by = {(row["offset"], row["way"]): f"{row[of]:.0e}" for row in found}
     body = ([f"{offset:g}", *(by[offset, way] for way in names)] for offset in numerics.OFFSETS)
     return _table(["mean/σ", *names], body)
+
+
+def errors_where() -> str:
+    """Where the errors were measured, in a sentence."""
+    where = figures.errors()["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    run = f"[{figures.NUMERICS}](../benchmarks/results/{figures.NUMERICS})"
+    return f"Measured on {where['date']} on an {where['cpu']}, {where['threads']} threads, with {versions}: {run}.\n"
 
 
 def machine() -> str:
@@ -98,13 +106,18 @@ def versus(name: str, theirs: str) -> str:
         what = " ".join(str(row[key]) for key in ("norm", "pass") if key in row)
         what += " channels last" * (row.get("layout") == "last")
         shape = "×".join(map(str, row["shape"])) if "shape" in row else ""
-        times = [f"{row['ms'][who]['median']:.3g}" for who in (theirs, "ours")]
+        times = [_three_digits(row["ms"][who]["median"]) for who in (theirs, "ours")]
         rows.append([f"{shape} {what}".strip(), *times, f"{row['ratio']['median']:.2f}"])
     return _table(["", f"{theirs}, ms", "ours, ms", "ratio"], rows)
 
 
+def _three_digits(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+
+
 def resnet() -> str:
-    """Steps of whole models, by run: how many times as fast as with torch.nn's norms."""
+    """Steps of whole models, by run: how many times as fast as with torch.nn's norms. What was run several times has
+    several rows, told apart by their date."""
     body = []
     for run in json.loads((RESULTS / "resnet-epyc-zen4-2cores.json").read_text()):
         name = {"resnet50": "ResNet-50", "convnext": "ConvNeXt-T"}[run["model"]]
@@ -114,5 +127,6 @@ def resnet() -> str:
         parts = [run["profile_ms"][form] for form in ("torch.nn", "converted")]
         norms = " → ".join(f"{part['norms'] / sum(part.values()):.0%}" for part in parts)
         step = f"{run['ms']['torch.nn']['median']:.0f}"
-        body.append([f"{name}, {run['dtype']}, channels {run['layout']}{kept}", step, *cells, norms])
-    return _table(["", "torch.nn, ms", "converted", "`BatchNormAct`", "norms' part"], sorted(body))
+        model = f"{name}, {run['dtype']}, channels {run['layout']}{kept}"
+        body.append([model, run["environment"]["date"], step, *cells, norms])
+    return _table(["model", "run", "torch.nn, ms", "converted", "`BatchNormAct`", "norms' part"], sorted(body), 2)
