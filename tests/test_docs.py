@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fusednorm
 import numpy as np
 import pytest
 from fusednorm import arrays
@@ -193,3 +195,19 @@ def test_a_block_whose_need_is_not_there_is_skipped_with_the_reason(
 def test_a_page_that_is_written_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         written(tmp_path, text)
+
+
+def _section(doc: str, name: str) -> set[str]:
+    """The names that stand in a section in NumPy's style."""
+    found = re.search(rf"^{name}\n-+\n(.*?)(?=\n\n\w+\n-+\n|\Z)", doc, re.M | re.S)
+    heads = [line.split(" : ")[0] for line in found[1].splitlines() if re.match(r"[\w*]", line)] if found else []
+    return {each.lstrip("*") for head in heads for each in head.split(", ")}
+
+
+@pytest.mark.parametrize("name", [name for name in fusednorm.__all__ if callable(getattr(fusednorm, name))])
+def test_every_parameter_is_documented(name: str) -> None:
+    """In the docstring, or in that of the forward to which it refers."""
+    public = getattr(fusednorm, name)
+    doc = inspect.getdoc(public) or ""
+    if not re.search(r"see\s+:func:`\w+_forward`", doc):
+        assert set(inspect.signature(public).parameters) <= _section(doc, "Parameters")

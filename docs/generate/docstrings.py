@@ -16,6 +16,8 @@ _OPTIONS: dict[Parser, Any] = {
 _LOG = get_plugin_logger(__name__)
 
 _ROLE = re.compile(r":(func|class|meth|mod|data|attr):`~?([^`]+)`")
+# The head of a parameter or result: in NumPy's style "name : type", in Google's "name (type):".
+_HEAD = re.compile(r"^(?:\w+(?:, \w+)* : .+| +\w+ \(.+\):.*)$", re.M)
 _RULE = re.compile(r"^ *=+(  +=+)+ *$")
 
 
@@ -49,16 +51,24 @@ def _documented(obj: Object) -> set[str]:
 
 
 def markdown(text: str, obj: Object) -> str:
+    # Types are shown as code, in which links and marks would be read as they are written.
+    text = _HEAD.sub(lambda head: _plain(head[0]), text)
     text = _ROLE.sub(lambda role: _link(role[2], obj), text)
     text = re.sub(r"^::$", "", re.sub(r"(?<=\S)::$", ":", text, flags=re.M), flags=re.M)
-    # Names that share a description, in NumPy's style, would share the first one's type as well.
-    text = re.sub(r"^(\w+(?:, \w+)+)\n((?: {4}.*\n?)+)", _apart, text, flags=re.M)
+    # Names that share a description, in NumPy's style, would share the first one's type as well; results would be one.
+    text = re.sub(r"^(\w+(?:, \w+)+)( : .+)?\n((?: {4}.*\n?)+)", _apart, text, flags=re.M)
     return "\n".join(_tables(text.split("\n")))
 
 
 def _apart(entry: re.Match[str]) -> str:
-    described = entry[2] if entry[2].endswith("\n") else entry[2] + "\n"
-    return "".join(f"{name}\n{described}" for name in entry[1].split(", "))
+    described = entry[3] if entry[3].endswith("\n") else entry[3] + "\n"
+    return "".join(f"{name}{entry[2] or ''}\n{described}" for name in entry[1].split(", "))
+
+
+def _plain(head: str) -> str:
+    """Without roles and backticks, up to where a description in Google's style begins."""
+    end = head.find("):") if head.startswith(" ") else len(head)
+    return _ROLE.sub(r"\2", head[:end]).replace("`", "") + head[end:]
 
 
 def _link(name: str, obj: Object) -> str:

@@ -30,6 +30,7 @@ ELSEWHERE = {
 }
 _ORIGIN = {page: source for source, page in ELSEWHERE.items()}
 _LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+_NO_DESCRIPTION = re.compile(r"–(?=\s*<div class=\"doc-md-description\">\s*</div>)")
 _TABLE = re.compile(r"^<!-- table: (\w+)(.*) -->$", re.M)
 
 
@@ -59,6 +60,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"[{text}]({posixpath.relpath(found, posixpath.dirname(page.file.src_uri) or '.')}{anchor})"
 
     return _LINK.sub(there, _TABLE.sub(lambda marker: getattr(tables, marker[1])(*marker[2].split()), markdown))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A dash only before what a docstring says of a parameter or result, not after its type alone."""
+    return _NO_DESCRIPTION.sub("", html)
 
 
 def _origin(page: str) -> str:

@@ -89,15 +89,33 @@ __all__ = [
 
 
 def build_info() -> dict[str, Any]:
-    """Version, compiler, instruction sets built and chosen, OpenMP, threads, and the state of CUDA with the reason."""
+    """How the kernels were built, and what they use here.
+
+    Returns
+    -------
+    dict
+        "version" and "compiler" (str), "isa_built" and "isa_runnable" (lists of the instruction sets that there are
+        kernels for, and of those that this CPU has), "isa" (the one in use), "openmp" (the version's date as an int),
+        "threads" (int), and "cuda" (str: its state, with the reason where there is none).
+    """
     return dict(_C.build_info())
 
 
 def set_num_threads(n: int) -> None:
-    """Threads that a kernel may use, in every Python thread; ValueError for n < 1.
+    """Limit the threads that a kernel may use, in every Python thread.
 
     A limit set through OpenMP after the import holds besides, in the Python thread that sets it: threadpoolctl's, and
     ``torch.set_num_threads``, since PyTorch and a fusednorm built with gcc share one OpenMP runtime.
+
+    Parameters
+    ----------
+    n : int
+        The number of threads, at least 1.
+
+    Raises
+    ------
+    ValueError
+        n below 1.
     """
     if n < 1:
         raise ValueError(f"the number of threads must be at least 1, not {n}")
@@ -105,7 +123,7 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Threads that a kernel called from here may use now."""
+    """The number of threads that a kernel called from here may use now."""
     return int(_C.get_num_threads())
 
 

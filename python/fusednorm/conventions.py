@@ -30,7 +30,8 @@ class Convention:
         axis: of the channels, where it is not given.
         names: what the library calls ours, in the order in which it lists them; after the first, other names that are
             understood. ``/`` stands between the names of nested mappings.
-        scale, center: whether its batch norm has a weight and a bias, unless asked.
+        scale: whether its batch norm has a weight, unless asked.
+        center: whether its batch norm has a bias, unless asked.
         always: its states have weight and bias even where its layer does not use them.
         debiased: the running statistics are the batches' weighted mean alone. They are kept as weighted sums, beside
             them, as ``scale_factor``, the sum of the weights.
@@ -228,7 +229,9 @@ def to_pytorch(
     Parameters
     ----------
     convention : "torch", "keras", "flax", "onnx", "chainer", "caffe" or "mxnet"
-    state : mapping by the names that :data:`CONVENTIONS` lists, nested or with ``/``, or the values in that order
+        The library that the state is from.
+    state : mapping or sequence
+        By the names that :data:`CONVENTIONS` lists, nested or with ``/`` between them, or the values in that order:
         Keras's ``layer.get_weights()``, Flax's variables, the initializers of an ONNX node after X, Caffe's blobs of
         BatchNorm and of the Scale after it. gamma and beta may be missing where the layer has none.
     scale : bool, optional
@@ -281,8 +284,10 @@ def from_pytorch(convention: str, state: Mapping[str, Any], *, momentum: float |
 
     Parameters
     ----------
-    convention : as in :func:`to_pytorch`
-    state : mapping, ``state_dict()`` of a layer here or of PyTorch's
+    convention : "torch", "keras", "flax", "onnx", "chainer", "caffe" or "mxnet"
+        The library that the state is for.
+    state : mapping
+        The ``state_dict()`` of a layer here or of PyTorch's.
     momentum : float, optional
         Caffe's moving_average_fraction.
 

@@ -177,7 +177,8 @@ class Sync:
 
     Parameters
     ----------
-    given : communicator, process group or :class:`Group`
+    given : communicator, process group or Group
+        What :func:`group_of` takes.
     channels : int
         num_features of the layer.
     """

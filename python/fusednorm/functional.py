@@ -451,6 +451,10 @@ def batch_norm_forward(
         bias.
     training : bool
         Whether the statistics are the batch's or the running ones.
+    momentum : float
+        Weight of the new value in the running statistics; meaning and default are PyTorch's.
+    eps : float
+        Added to the variance under the root; the default is PyTorch's. Must be above 0 in training.
     axis : int
         The axis that keeps its own statistics; -1 for channels last.
     residual : like x, optional
@@ -471,6 +475,7 @@ def batch_norm_forward(
     Returns
     -------
     y : like x
+        Normalized, in x's dtype and memory layout.
     mean, rstd : float64, (C,) or, with ghost batches, (⌈N / ghost_batch_size⌉, C)
         What the backward needs: ``rstd = 1/√(variance + eps)``, the variance with n. Float64, since a mean rounded to
         float32 costs the gradients their digits where mean/σ is large.
@@ -513,7 +518,10 @@ def batch_norm(
     mask: Array | None = None,
     out: Array | None = None,
 ) -> Array:
-    """Batch normalization in the order of ``torch.nn.functional.batch_norm``; see :func:`batch_norm_forward`."""
+    """y alone, with arguments in the order of ``torch.nn.functional.batch_norm``; see :func:`batch_norm_forward`.
+
+    As in PyTorch, and unlike there, `training` is False by default: then the running statistics are needed.
+    """
     return _forward(
         x, _batch, (axis, None), weight, bias, eps, out, running_mean, running_var, training, momentum, -1, residual,
         activation, mask,
@@ -542,18 +550,29 @@ def batch_norm_backward(
     ----------
     dy : like x
         Gradient with respect to y; its memory layout may differ from x's.
-    x, weight, bias, residual, axis, activation, ghost_batch_size, mask
-        As in the forward. bias and residual serve to rebuild the activation's derivative; without an activation their
-        values do not matter.
-    mean, rstd : as returned by the forward
+    x : like dy
+        As the forward had it.
+    mean, rstd : float64
+        As returned by the forward.
+    weight : (C,), optional
+        As in the forward.
+    bias : (C,), optional
+        As in the forward. Only the activation's derivative needs its values.
     training : bool
         False where mean and rstd were constants (evaluation, frozen statistics): then ``dx = dy·act'·weight·rstd``.
+    axis : int
+        As in the forward.
+    residual : like x, optional
+        As in the forward. Only the activation's derivative needs its values.
+    activation, ghost_batch_size, mask
+        As in the forward.
     out : like x, optional
         Where dx goes; it may be dy or x itself.
 
     Returns
     -------
     dx : like x
+        Gradient with respect to x.
     dweight, dbias : (C,)
         In the parameter's dtype; without one float32, for float64 x float64.
     dresidual : like x
@@ -561,8 +580,10 @@ def batch_norm_backward(
 
     Raises
     ------
-    ValueError, TypeError
-        As the forward.
+    ValueError
+        Shapes that do not fit x's, and what the forward refuses.
+    TypeError
+        Arrays of another kind, other dtypes.
     """
     gradients = _backward(
         dy, x, _batch, (axis, ghost_batch_size), mean, rstd, weight, bias, out, not training, residual, activation, mask
@@ -622,9 +643,9 @@ def instance_norm_forward(
     use_input_stats : bool
         Whether the statistics are the instances' own or the running ones.
     momentum : float
-        Weight of the new value in the running statistics.
+        Weight of the new value in the running statistics; meaning and default are PyTorch's.
     eps : float
-        Added to the variance.
+        Added to the variance under the root; the default is PyTorch's.
     axis : int
         The axis of the channels; -1 for channels last.
     mask : bool, shape of x without `axis`, optional
@@ -636,6 +657,7 @@ def instance_norm_forward(
     Returns
     -------
     y : like x
+        Normalized, in x's dtype and memory layout.
     mean, rstd : float64, (N, C)
         What the backward needs: ``rstd = 1/√(variance + eps)``.
 
@@ -666,12 +688,40 @@ def instance_norm_backward(
     mask: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of :func:`instance_norm_forward`: dx like x, dweight and dbias (C,).
+    """Gradients of :func:`instance_norm_forward`.
 
-    dy is like x, its memory layout may differ. mean and rstd are the forward's; `use_input_stats` False says that they
-    were constants. bias only says which dtype its gradient has.
-    `out`, where dx goes, may be dy or x itself. dweight and dbias are in the parameter's dtype; without one float32,
-    for float64 x float64. Raises as the forward.
+    Parameters
+    ----------
+    dy : like x
+        Gradient with respect to y; its memory layout may differ from x's.
+    x : like dy
+        As the forward had it.
+    mean, rstd : float64, (N, C)
+        As returned by the forward.
+    weight : (C,), optional
+        As in the forward.
+    bias : (C,), optional
+        Only its dtype matters, which its gradient has.
+    use_input_stats : bool
+        False where mean and rstd were constants.
+    axis, mask
+        As in the forward.
+    out : like x, optional
+        Where dx goes; it may be dy or x itself.
+
+    Returns
+    -------
+    dx : like x
+        Gradient with respect to x.
+    dweight, dbias : (C,)
+        In the parameter's dtype; without one float32, for float64 x float64.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit x's, and what the forward refuses.
+    TypeError
+        Arrays of another kind, other dtypes.
     """
     return _backward(
         dy, x, _instance, (axis,), mean, rstd, weight, bias, out, not use_input_stats, mask=mask
@@ -713,12 +763,17 @@ def group_norm_forward(
         As in :func:`instance_norm_forward`.
     num_groups : int
         How many groups of ``C / num_groups`` consecutive channels there are.
-    weight, bias, eps, axis, mask, out
-        As in :func:`instance_norm_forward`: a weight and a bias for each channel.
+    weight, bias : (C,), optional
+        A weight and a bias for each channel, of any of the four dtypes, whatever x's.
+    eps, axis, out
+        As in :func:`instance_norm_forward`.
+    mask : bool, shape of x without `axis`, optional
+        True where a position counts for the statistics; y is computed everywhere.
 
     Returns
     -------
     y : like x
+        Normalized, in x's dtype and memory layout.
     mean, rstd : float64, (N, num_groups)
         What the backward needs: ``rstd = 1/√(variance + eps)``.
 
@@ -745,9 +800,38 @@ def group_norm_backward(
     mask: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of :func:`group_norm_forward`: dx like x, dweight and dbias (C,).
+    """Gradients of :func:`group_norm_forward`.
 
-    The length of mean's second axis is the number of groups; else as in :func:`instance_norm_backward`.
+    Parameters
+    ----------
+    dy : like x
+        Gradient with respect to y; its memory layout may differ from x's.
+    x : like dy
+        As the forward had it.
+    mean, rstd : float64, (N, num_groups)
+        As returned by the forward. Their shape says how many groups there are.
+    weight : (C,), optional
+        As in the forward.
+    bias : (C,), optional
+        Only its dtype matters, which its gradient has.
+    axis, mask
+        As in the forward.
+    out : like x, optional
+        Where dx goes; it may be dy or x itself.
+
+    Returns
+    -------
+    dx : like x
+        Gradient with respect to x.
+    dweight, dbias : (C,)
+        In the parameter's dtype; without one float32, for float64 x float64.
+
+    Raises
+    ------
+    ValueError
+        A mean that is not 2-D, shapes that do not fit x's, and what the forward refuses.
+    TypeError
+        Arrays of another kind, other dtypes.
     """
     if type(x) is not np.ndarray and foreign.kind_of(x) is not None:
         return foreign.called(group_norm_backward, x, locals())  # type: ignore[no-any-return]
@@ -791,13 +875,14 @@ def layer_norm_forward(
     weight, bias : (*normalized_shape,), optional
         Any of the four dtypes, whatever x's.
     eps : float
-        Added to the variance.
+        Added to the variance under the root; the default is PyTorch's.
     out : like x, optional
         Where y goes; it may be x itself. A backward needs the original x.
 
     Returns
     -------
     y : like x
+        Normalized, in x's dtype and memory layout.
     mean, rstd : float64, x's shape without the normalized axes
         What the backward needs: ``rstd = 1/√(variance + eps)``.
 
@@ -827,12 +912,36 @@ def layer_norm_backward(
     *,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of :func:`layer_norm_forward`: dx like x, dweight and dbias in normalized_shape.
+    """Gradients of :func:`layer_norm_forward`.
 
-    dy is like x, its memory layout may differ. mean and rstd are the forward's; the axes of x that they lack are the
-    normalized ones. bias only says which dtype its gradient has.
-    `out`, where dx goes, may be dy or x itself. dweight and dbias are in the parameter's dtype; without one float32,
-    for float64 x float64. Raises as the forward.
+    Parameters
+    ----------
+    dy : like x
+        Gradient with respect to y; its memory layout may differ from x's.
+    x : like dy
+        As the forward had it.
+    mean, rstd : float64
+        As returned by the forward. The axes of x that rstd lacks are the normalized ones.
+    weight : (*normalized_shape,), optional
+        As in the forward.
+    bias : (*normalized_shape,), optional
+        Only its dtype matters, which its gradient has.
+    out : like x, optional
+        Where dx goes; it may be dy or x itself.
+
+    Returns
+    -------
+    dx : like x
+        Gradient with respect to x.
+    dweight, dbias : (*normalized_shape,)
+        In the parameter's dtype; without one float32, for float64 x float64.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit x's, and what the forward refuses.
+    TypeError
+        Arrays of another kind, other dtypes.
     """
     if type(x) is not np.ndarray and foreign.kind_of(x) is not None:
         return foreign.called(layer_norm_backward, x, locals())  # type: ignore[no-any-return]
@@ -865,8 +974,32 @@ def rms_norm_forward(
 ) -> tuple[Array, Array]:
     """RMS normalization (Zhang & Sennrich 2019): ``y = x·rstd·weight`` with ``rstd = 1/√(Σx²/n + eps)``.
 
-    Arguments and errors are those of :func:`layer_norm_forward`; eps None is ``finfo(x.dtype).eps``.
-    Returns y and rstd.
+    Parameters
+    ----------
+    x : (..., *normalized_shape)
+        As in :func:`layer_norm_forward`: float32, float64, float16 or bfloat16.
+    normalized_shape : int or sequence of ints
+        The lengths of the last axes, over which the mean square is taken.
+    weight : (*normalized_shape,), optional
+        Any of the four dtypes, whatever x's.
+    eps : float or None
+        Added to the mean square under the root. None is ``finfo(x.dtype).eps``, as in PyTorch.
+    out : like x, optional
+        Where y goes; it may be x itself. A backward needs the original x.
+
+    Returns
+    -------
+    y : like x
+        Normalized, in x's dtype and memory layout.
+    rstd : float64, x's shape without the normalized axes
+        What the backward needs.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit; an `out` that is read-only or shares memory with another array.
+    TypeError
+        Arrays of another kind, other dtypes.
     """
     if type(x) is not np.ndarray and foreign.kind_of(x) is not None:
         return foreign.called(rms_norm_forward, x, locals())  # type: ignore[no-any-return]
@@ -885,7 +1018,35 @@ def rms_norm_backward(
     *,
     out: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Gradients of :func:`rms_norm_forward`, dx and dweight; arguments as in :func:`layer_norm_backward`."""
+    """Gradients of :func:`rms_norm_forward`.
+
+    Parameters
+    ----------
+    dy : like x
+        Gradient with respect to y; its memory layout may differ from x's.
+    x : like dy
+        As the forward had it.
+    rstd : float64
+        As returned by the forward. The axes of x that it lacks are the normalized ones.
+    weight : (*normalized_shape,), optional
+        As in the forward.
+    out : like x, optional
+        Where dx goes; it may be dy or x itself.
+
+    Returns
+    -------
+    dx : like x
+        Gradient with respect to x.
+    dweight : (*normalized_shape,)
+        In weight's dtype; without one float32, for float64 x float64.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit x's, and what the forward refuses.
+    TypeError
+        Arrays of another kind, other dtypes.
+    """
     if type(x) is not np.ndarray and foreign.kind_of(x) is not None:
         return foreign.called(rms_norm_backward, x, locals())  # type: ignore[no-any-return]
     return _backward(dy, x, _lines, (_normalized_by(x, rstd),), None, rstd, weight, None, out)[:2]
@@ -976,17 +1137,21 @@ def switchable_norm_forward(
         The batch's part, as in :func:`batch_norm_forward`. Used, and needed, when not training.
     training : bool
         Whether the batch's part is x's or the running one. The others are x's in evaluation, too.
-    momentum, eps, axis
+    momentum, axis
         As in :func:`batch_norm_forward`.
+    eps : float
+        Added to the mixed variance under the root.
     out : like x, optional
         Where y goes, any strides. It may be x itself; a backward needs the original x.
 
     Returns
     -------
     y : like x
+        Normalized, in x's dtype and memory layout.
     means, variances : float64, (3, N, C)
         What was mixed, in the order of the logits.
     rstd : float64, (N, C)
+        Of the mixed variance.
 
     Raises
     ------
@@ -1047,13 +1212,44 @@ def switchable_norm_backward(
     axis: int = 1,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Gradients of :func:`switchable_norm_forward`: dx like x, dweight and dbias (C,), dmean_logits and dvar_logits
-    (3,).
+    """Gradients of :func:`switchable_norm_forward`.
 
-    dy is like x, its memory layout may differ. means, variances and rstd are the forward's; `training` False says that
-    the batch's part was constant. bias only says which dtype its gradient has.
-    `out`, where dx goes, may be dy or x itself. Gradients of parameters are in their dtype; without one float32, for
-    float64 x float64. Raises as the forward.
+    Parameters
+    ----------
+    dy : like x
+        Gradient with respect to y; its memory layout may differ from x's.
+    x : like dy
+        As the forward had it.
+    means, variances, rstd : float64
+        As returned by the forward.
+    mean_logits, var_logits : (3,)
+        As in the forward.
+    weight : (C,), optional
+        As in the forward.
+    bias : (C,), optional
+        Only its dtype matters, which its gradient has.
+    training : bool
+        False where the batch's part was constant.
+    axis : int
+        As in the forward.
+    out : like x, optional
+        Where dx goes; it may be dy or x itself.
+
+    Returns
+    -------
+    dx : like x
+        Gradient with respect to x.
+    dweight, dbias : (C,)
+        In the parameter's dtype; without one float32, for float64 x float64.
+    dmean_logits, dvar_logits : (3,)
+        In the logits' dtypes.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit x's, and what the forward refuses.
+    TypeError
+        Arrays of another kind, other dtypes.
     """
     given = arrays.taken(x, "x")
     x, layout = operands.dense(given, _switchable, (axis,))
@@ -1138,10 +1334,32 @@ def weight_norm_forward(v: Array, g: Array, dim: int | None = 0, *, out: Array |
 def weight_norm_backward(
     dw: Array, v: Array, g: Array, norm: Array, dim: int | None = 0, *, out: Array | None = None
 ) -> tuple[Array, Array]:
-    """Gradients of :func:`weight_norm_forward`: dv like v, dg like g.
+    """Gradients of :func:`weight_norm_forward`.
 
-    dw is like v, its memory layout may differ. norm is the forward's. `out`, where dv goes, may be dw or v itself.
-    Raises as the forward.
+    Parameters
+    ----------
+    dw : like v
+        Gradient with respect to w; its memory layout may differ from v's.
+    v, g, dim
+        As in the forward.
+    norm : like g
+        As returned by the forward.
+    out : like v, optional
+        Where dv goes; it may be dw or v itself.
+
+    Returns
+    -------
+    dv : like v
+        Gradient with respect to v.
+    dg : like g
+        Gradient with respect to g, in g's dtype.
+
+    Raises
+    ------
+    ValueError
+        A dw that has not v's shape, a norm that has not g's, and what the forward refuses.
+    TypeError
+        Arrays of another kind, other dtypes.
     """
     dim, lengths, root = _lengths(v, g, dim)
     dw, norm = arrays.taken(dw, "dw"), arrays.taken(norm, "norm")
@@ -1233,7 +1451,18 @@ def moments(
     """Mean and variance over `axes` (the axes that are *reduced*), as ``tf.nn.moments``.
 
     Welford's update (1962), a block at a time, as Chan, Golub & LeVeque (1979) generalize it: the variance keeps its
-    digits at any mean/σ. Divided by ``n − correction``; NaN where that is not positive.
+    digits at any mean/σ.
+
+    Parameters
+    ----------
+    x : any shape
+        float32, float64, float16 or bfloat16.
+    axes : int or sequence of ints
+        The axes to reduce.
+    correction : float
+        The variance is over ``n − correction``; NaN where that is not positive.
+    keepdims : bool
+        Whether the reduced axes stay, with length 1.
 
     Returns
     -------
@@ -1263,8 +1492,21 @@ def batch_normalization(
 ) -> Array:
     """TensorFlow's ``tf.nn.batch_normalization``: ``(x − mean)/√(variance + variance_epsilon)·scale + offset``.
 
-    mean, variance, offset and scale broadcast against x: (C,) for channels last, or with 1 on the axes they do not vary
-    along. offset and scale may be None.
+    Parameters
+    ----------
+    x : any shape
+        float32, float64, float16 or bfloat16.
+    mean, variance : broadcast against x
+        (C,) for channels last, or with 1 on the axes that they do not vary along.
+    offset, scale : broadcast against x, or None
+        As mean and variance.
+    variance_epsilon : float
+        Added to the variance under the root.
+
+    Returns
+    -------
+    y : like x
+        In x's dtype.
 
     Raises
     ------

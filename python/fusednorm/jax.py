@@ -338,7 +338,8 @@ def batch_norm(
     correction: int = 1,
     mask: Any = None,
 ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """Batch normalization as :func:`fusednorm.batch_norm_forward`, of which arguments and errors are.
+    """Batch normalization as :func:`fusednorm.batch_norm_forward`, which documents the arguments and errors; here the
+    channels are on the last axis unless `axis` says otherwise, and `training` is False unless given.
 
     Returns y and the running statistics ``(mean, var)``: in training the new ones, otherwise those given, so that they
     can be passed through: ``y, stats = batch_norm(x, *stats, training=training)``. In the words of Flax they are
@@ -360,7 +361,8 @@ def batch_norm(
 def instance_norm(
     x: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *, axis: int = -1, mask: Any = None
 ) -> jax.Array:
-    """Instance normalization as :func:`fusednorm.instance_norm_forward`, without running statistics."""
+    """y, like x: instance normalization as :func:`fusednorm.instance_norm_forward`, which documents the arguments and
+    errors, without running statistics; the channels are on the last axis unless `axis` says otherwise."""
     how = _How(functional._instance, (index(axis),), float(eps))
     return _normed(how, x, weight, bias, mask=mask)[0]
 
@@ -369,7 +371,8 @@ def group_norm(
     x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *, axis: int = -1,
     mask: Any = None,
 ) -> jax.Array:  # fmt: skip
-    """Group normalization as :func:`fusednorm.group_norm`."""
+    """y, like x: group normalization as :func:`fusednorm.group_norm_forward`, which documents the arguments and
+    errors; the channels are on the last axis unless `axis` says otherwise."""
     how = _How(functional._group, (index(axis), index(num_groups)), float(eps))
     return _normed(how, x, weight, bias, mask=mask)[0]
 
@@ -377,13 +380,15 @@ def group_norm(
 def layer_norm(
     x: Any, normalized_shape: int | Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> jax.Array:
-    """Layer normalization as :func:`fusednorm.layer_norm`."""
+    """y, like x: layer normalization as :func:`fusednorm.layer_norm_forward`, which documents the arguments and
+    errors."""
     how = _How(functional._lines, (functional._shape_of(normalized_shape),), float(eps))
     return _normed(how, x, weight, bias)[0]
 
 
 def rms_norm(x: Any, normalized_shape: int | Sequence[int], weight: Any = None, eps: float | None = None) -> jax.Array:
-    """RMS normalization as :func:`fusednorm.rms_norm`; eps None is ``finfo(x.dtype).eps``."""
+    """y, like x: RMS normalization as :func:`fusednorm.rms_norm_forward`, which documents the arguments and errors;
+    eps None is ``finfo(x.dtype).eps``."""
     shape = functional._shape_of(normalized_shape)
     x = _array(x, "x")
     operands.floating("x", x.dtype)

@@ -231,7 +231,7 @@ class BatchNorm(_Running):
     num_features : int
         C, the length of `axis`.
     eps : float
-        Added to the variance.
+        Added to the variance under the root. All defaults are PyTorch's.
     momentum : float or None
         Weight of the new value in the running statistics; None: all batches weigh the same, a cumulative average.
     affine : bool
@@ -242,7 +242,8 @@ class BatchNorm(_Running):
         The axis that is kept; -1 for channels last.
     activation, ghost_batch_size, correction
         As in :func:`fusednorm.batch_norm_forward`.
-    dtype : dtype of parameters and running statistics, whatever x's
+    dtype : float32, float64, float16 or bfloat16
+        Of parameters and running statistics, whatever x's is; float32 unless given.
     device : "cpu", "cuda" or "cuda:0", "cuda:1", …
         Where x and the layer's arrays are: NumPy's on the CPU, CuPy's on a GPU. RuntimeError, with the reason, where
         there is no such device.
@@ -261,8 +262,18 @@ class BatchNorm(_Running):
     num_batches_tracked : int
         Batches (ghost batches, where there are) that the running statistics have seen.
     training : bool
+        Whether the layer is in training mode; :meth:`train` and :meth:`eval` set it.
     process_group
         As given, or None. Assigning one, or None, makes the layer another group's, or its own process's.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is none of the four, a momentum that is no number, a process_group that is none.
+    ValueError
+        An unknown activation, a ghost_batch_size below 1, a correction other than 0 and 1, a device of another name.
+    RuntimeError
+        A device that is not there, with the reason.
 
     Notes
     -----
@@ -329,10 +340,14 @@ class BatchNorm(_Running):
         Parameters
         ----------
         convention : "torch", "keras", "flax", "onnx", "chainer", "caffe" or "mxnet"
+            The library.
         num_features : int
-        scale, center : bool, optional
-            Whether there are a weight and a bias. MXNet's scale is False by default, which is its ``fix_gamma=True``;
-            Caffe has both in a Scale layer of its own, and here only where they are True.
+            C, the length of `axis`.
+        scale : bool, optional
+            Whether there is a weight. False by default for MXNet, which is its ``fix_gamma=True``, and for Caffe, which
+            has a Scale layer for it; else True.
+        center : bool, optional
+            Whether there is a bias. False by default for Caffe, else True.
         **options
             The constructor's but for affine. `momentum` is meant as that library means it: mostly the weight of the old
             value.
@@ -471,6 +486,13 @@ class InstanceNorm(_Running):
     track_running_stats : bool
         Whether there are running statistics.
 
+    Raises
+    ------
+    TypeError
+        A dtype that is none of the four, a momentum that is no number.
+    RuntimeError
+        A device that is not there, with the reason.
+
     Notes
     -----
     Attributes and what a call keeps are those of :class:`BatchNorm`.
@@ -550,10 +572,18 @@ class GroupNorm(_Layer):
     axis, dtype, device
         As in :class:`BatchNorm`.
 
+    Raises
+    ------
+    ValueError
+        A `num_channels` that is not divisible by `num_groups`.
+    TypeError
+        A dtype that is none of the four.
+    RuntimeError
+        A device that is not there, with the reason.
+
     Notes
     -----
-    Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same. ValueError
-    where `num_channels` is not divisible by `num_groups`.
+    Attributes and what a call keeps are those of :class:`BatchNorm`; training and evaluation are the same.
     """
 
     _norm: ClassVar[str] = "group"
@@ -617,10 +647,21 @@ class LayerNorm(_Layer):
         The lengths of the last axes of x, over which each statistic is taken.
     eps : float
         Added to the variance.
-    elementwise_affine, bias : bool
-        Whether there are a weight (ones) and a bias (zeros) of normalized_shape; no bias without a weight.
+    elementwise_affine : bool
+        Whether there is a weight (ones) of normalized_shape.
+    bias : bool
+        Whether there is a bias (zeros) of normalized_shape; there is none without a weight.
     dtype, device
         As in :class:`BatchNorm`.
+
+    Raises
+    ------
+    ValueError
+        An empty `normalized_shape`.
+    TypeError
+        A dtype that is none of the four.
+    RuntimeError
+        A device that is not there, with the reason.
 
     Notes
     -----
@@ -677,7 +718,32 @@ class LayerNorm(_Layer):
 class RMSNorm(_Layer):
     """RMS normalization over the last axes (Zhang & Sennrich 2019): ``y = x/√(Σx²/n + eps)·weight``.
 
-    Parameters are those of :class:`LayerNorm`, without a bias; eps None is ``finfo(x.dtype).eps``.
+    Parameters
+    ----------
+    normalized_shape : int or sequence of ints
+        The lengths of the last axes of x, over which each mean square is taken.
+    eps : float or None
+        Added to the mean square under the root. None is ``finfo(x.dtype).eps``, as in PyTorch.
+    elementwise_affine : bool
+        Whether there is a weight (ones) of normalized_shape.
+    dtype, device
+        As in :class:`BatchNorm`.
+
+    Attributes
+    ----------
+    weight : array or None
+        Optimizers write into it in place; assigning copies into it.
+    weight_grad : array or None
+        Set by :meth:`backward`, in the weight's dtype.
+
+    Raises
+    ------
+    ValueError
+        An empty `normalized_shape`.
+    TypeError
+        A dtype that is none of the four.
+    RuntimeError
+        A device that is not there, with the reason.
     """
 
     _norm: ClassVar[str] = "rms"
@@ -735,6 +801,13 @@ class SwitchableNorm(_Running):
         authors' mean_weight and var_weight.
     mean_logits_grad, var_logits_grad : arrays or None
         Set by :meth:`backward`, in the parameter's dtype.
+
+    Raises
+    ------
+    TypeError
+        A dtype that is none of the four, a momentum that is no number.
+    RuntimeError
+        A device that is not there, with the reason.
 
     Notes
     -----
@@ -848,7 +921,8 @@ class WeightNorm(_Layer):
         The weight to begin with: v is a copy of it and g its norms, as in PyTorch, so that ``w = weight``.
     dim : int or None
         The axis whose indices have a length of their own, that of the output features; None: one length for all.
-    dtype : dtype of v and g; None: the weight's
+    dtype : dtype, optional
+        Of v and g; None: the weight's.
     device : "cpu", "cuda", "cuda:0", …
         Where the layer's arrays are, as in :class:`BatchNorm`.
 

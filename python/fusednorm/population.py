@@ -120,11 +120,13 @@ class Population:
 
     Raises
     ------
-    TypeError, RuntimeError, ValueError
-        Entering raises TypeError for other layers and other groups, RuntimeError for layers without running statistics
-        and those of which a Population is taken already, ValueError for an unknown estimator. Leaving raises
-        ValueError, and changes no layer, where one saw no batch (on any rank), or too few values, or values that are
-        not finite.
+    TypeError
+        On entering: layers of another kind, a process_group that is none.
+    RuntimeError
+        On entering: layers without running statistics, or those of which a Population is taken already.
+    ValueError
+        On entering: no layers, one of them twice, an unknown estimator. On leaving, which then changes no layer: one
+        that saw no batch (on any rank), or too few values, or values that are not finite.
 
     Notes
     -----

@@ -57,22 +57,67 @@ class _MaskedBatchNorm(_BatchNorm):
 
 
 class BatchNorm1d(_MaskedBatchNorm, nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d`: (N, C) or (N, C, L)."""
+    """Drop-in for :class:`torch.nn.BatchNorm1d`: its arguments, defaults, state and errors.
+
+    `input` is (N, C) or (N, C, L), of float32, float64, float16 or bfloat16; the result is like it.
+    ``forward(input, mask=None)``: `mask` is boolean, (N,) or (N, L), True where a position counts for
+    the statistics.
+
+    Raises
+    ------
+    ValueError
+        Another number of axes or of channels; one value per channel in training.
+    TypeError
+        Other dtypes.
+    """
 
 
 class BatchNorm2d(_MaskedBatchNorm, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d`: (N, C, H, W)."""
+    """Drop-in for :class:`torch.nn.BatchNorm2d`: its arguments, defaults, state and errors.
+
+    `input` is (N, C, H, W), of float32, float64, float16 or bfloat16; the result is like it.
+    ``forward(input, mask=None)``: `mask` is boolean, (N, H, W), True where a position counts for
+    the statistics.
+
+    Raises
+    ------
+    ValueError
+        Another number of axes or of channels; one value per channel in training.
+    TypeError
+        Other dtypes.
+    """
 
 
 class BatchNorm3d(_MaskedBatchNorm, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d`: (N, C, D, H, W)."""
+    """Drop-in for :class:`torch.nn.BatchNorm3d`: its arguments, defaults, state and errors.
+
+    `input` is (N, C, D, H, W), of float32, float64, float16 or bfloat16; the result is like it.
+    ``forward(input, mask=None)``: `mask` is boolean, (N, D, H, W), True where a position counts for
+    the statistics.
+
+    Raises
+    ------
+    ValueError
+        Another number of axes or of channels; one value per channel in training.
+    TypeError
+        Other dtypes.
+    """
 
 
 class BatchNormAct(_BatchNorm):
     """Batch normalization with what follows it in a residual network: ``act(norm(x) + residual)``, in one pass.
 
     Arguments are those of :class:`torch.nn.BatchNorm2d`, whose state it has too, and `activation`: "relu" (unless
-    another is given), "leaky_relu", "silu", "sigmoid", "tanh", ("leaky_relu", slope) or None.
+    another is given), "leaky_relu", "silu", "sigmoid", "tanh", ("leaky_relu", slope) or None. `input` is (N, C, *), in
+    float32, float64, float16 or bfloat16, and the result has its dtype.
+
+    Raises
+    ------
+    ValueError
+        An unknown activation; inputs of fewer than two axes or another number of channels, a residual or mask of
+        another shape; one value per channel in training.
+    TypeError
+        Other dtypes.
     """
 
     def __init__(self, *args: Any, activation: functional.Activation = "relu", **named: Any) -> None:
@@ -130,19 +175,67 @@ class _InstanceNorm(instancenorm._InstanceNorm):
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    """:class:`torch.nn.InstanceNorm1d`: (C, L) or (N, C, L)."""
+    """Drop-in for :class:`torch.nn.InstanceNorm1d`: its arguments, defaults, state and errors.
+
+    `input` is (C, L) or (N, C, L), of float32, float64, float16 or bfloat16; the result is like it.
+    ``forward(input, mask=None)``: `mask` is boolean, (L,) or (N, L), True where a position counts for
+    the statistics.
+
+    Raises
+    ------
+    ValueError
+        Another number of axes, or, with a weight, of channels; one value per channel in training.
+    TypeError
+        Other dtypes.
+    """
 
 
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
-    """:class:`torch.nn.InstanceNorm2d`: (C, H, W) or (N, C, H, W)."""
+    """Drop-in for :class:`torch.nn.InstanceNorm2d`: its arguments, defaults, state and errors.
+
+    `input` is (C, H, W) or (N, C, H, W), of float32, float64, float16 or bfloat16; the result is like it.
+    ``forward(input, mask=None)``: `mask` is boolean, (H, W) or (N, H, W), True where a position counts for
+    the statistics.
+
+    Raises
+    ------
+    ValueError
+        Another number of axes, or, with a weight, of channels; one value per channel in training.
+    TypeError
+        Other dtypes.
+    """
 
 
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
-    """:class:`torch.nn.InstanceNorm3d`: (C, D, H, W) or (N, C, D, H, W)."""
+    """Drop-in for :class:`torch.nn.InstanceNorm3d`: its arguments, defaults, state and errors.
+
+    `input` is (C, D, H, W) or (N, C, D, H, W), of float32, float64, float16 or bfloat16; the result is like it.
+    ``forward(input, mask=None)``: `mask` is boolean, (D, H, W) or (N, D, H, W), True where a position counts for
+    the statistics.
+
+    Raises
+    ------
+    ValueError
+        Another number of axes, or, with a weight, of channels; one value per channel in training.
+    TypeError
+        Other dtypes.
+    """
 
 
 class GroupNorm(nn.GroupNorm):
-    """:class:`torch.nn.GroupNorm`: (N, C, *)."""
+    """Drop-in for :class:`torch.nn.GroupNorm`: its arguments, defaults, state and errors.
+
+    `input` is (N, C, *), of float32, float64, float16 or bfloat16; the result is like it.
+    ``forward(input, mask=None)``: `mask` is boolean, (N, *), True where a position counts for
+    the statistics.
+
+    Raises
+    ------
+    ValueError
+        Another number of channels; in the constructor, one that num_groups does not divide.
+    TypeError
+        Other dtypes.
+    """
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """y like `input`. `mask`: boolean, (N, *), True where a position counts for the statistics."""
@@ -152,7 +245,17 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm`: (*, *normalized_shape)."""
+    """Drop-in for :class:`torch.nn.LayerNorm`: its arguments, defaults, state and errors.
+
+    `input` is (*, *normalized_shape), of float32, float64, float16 or bfloat16; the result is like it.
+
+    Raises
+    ------
+    ValueError
+        Last axes of other lengths than normalized_shape.
+    TypeError
+        Other dtypes.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return norm(
@@ -161,7 +264,18 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """:class:`torch.nn.RMSNorm`: (*, *normalized_shape)."""
+    """Drop-in for :class:`torch.nn.RMSNorm`: its arguments, defaults, state and errors.
+
+    `input` is (*, *normalized_shape), of float32, float64, float16 or bfloat16; the result is like it.
+    eps None is ``finfo(input.dtype).eps``.
+
+    Raises
+    ------
+    ValueError
+        Last axes of other lengths than normalized_shape.
+    TypeError
+        Other dtypes.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
