@@ -225,6 +225,16 @@ def show(title: str, rows: list[list[str]]) -> None:
 
 DRAWN = 4, 6, 2, 3  # what the cubes are drawn of
 BLUE, PALE, EMPTY, ORANGE = "#4477aa", "#aaccee", "#eeeeee", "#ee7733"
+LETTERS = 18  # the largest
+REACH = 2  # gray levels end that many times the root of the mean square from the middle one
+OF_CUBES = (
+    f"Cubes: {DRAWN[0]} samples (N),\n{DRAWN[1]} channels (C),\n{DRAWN[2]}×{DRAWN[3]} positions (H·W).\nBlue: shares a "
+    "statistic\nwith the nearest corner.\nPale: is mixed into it.\nDots: share its weight."
+)
+OF_IMAGES = (
+    f"Beneath each cube:\nsome channels of some\nimages after the norm.\nGray is 0, white {REACH}·rms.\nIn brackets: "
+    "the fold\n(batch, outer, groups,\ninner, span)."
+)
 
 
 def figure(family: Sequence[Norm], x: Array, v: Array, path: Path) -> None:
@@ -234,12 +244,6 @@ def figure(family: Sequence[Norm], x: Array, v: Array, path: Path) -> None:
 
     drawing = Figure(figsize=(17, 12), layout="constrained")
     FigureCanvasAgg(drawing)
-    drawing.suptitle(
-        f"Cubes of {DRAWN[0]} samples, {DRAWN[1]} channels, {DRAWN[2]}×{DRAWN[3]} positions, and their folds (batch, "
-        "outer, groups, inner, span). Blue: what shares a statistic with the nearest corner;\npale: whose statistics "
-        "are mixed with it; dots: what shares a weight with the corner. Beneath: some channels of some images, before "
-        "and after; gray is 0, white 3 times the root of the mean square."
-    )
     after = [(norm, norm.name, norm.forward()[0]) for norm in family]
     shown = [(None, "the images", x), *after, (None, "the filters", v)]
     half = (len(shown) + 1) // 2
@@ -249,18 +253,23 @@ def figure(family: Sequence[Norm], x: Array, v: Array, path: Path) -> None:
     for i, (norm, name, y) in enumerate(shown):
         of_filters = y.shape == v.shape
         above, below = axes[2 * (i // half) : 2 * (i // half) + 2, i % half]
-        above.set_title(name)
+        above.set_title(name, fontsize=LETTERS)
         if norm:
             folds = norm.folds(DRAWN)
-            above.set_title(f"{name} {integers(folds[0])}")
+            above.set_title(f"{name} {integers(folds[0])}", fontsize=LETTERS)
             cube(above, folds, ("filters", "channels", "k·k") if of_filters else ("N", "C", "H·W"))
+        else:
+            words = OF_IMAGES if of_filters else OF_CUBES
+            above.text(0.5, 0.5, words, fontsize=LETTERS - 2, ha="center", va="center", transform=above.transAxes)
         some = np.pad(y[:: len(y) // 4, :: C // 6], ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)
         center = np.nanmean(some) if y is x else 0
-        reach = 3 * np.sqrt(np.nanmean((some - center) ** 2))
+        reach = REACH * np.sqrt(np.nanmean((some - center) ** 2))
         mosaic = some.swapaxes(1, 2).reshape(4 * some.shape[2], -1)
         below.imshow(mosaic, "gray", vmin=center - reach, vmax=center + reach)
         below.axis("on")
-        below.set(xticks=[], yticks=[], xlabel="channels", ylabel="filters" if of_filters else "images")
+        below.set(xticks=[], yticks=[])
+        below.set_xlabel("channels", fontsize=LETTERS - 2)
+        below.set_ylabel("filters" if of_filters else "images", fontsize=LETTERS - 2)
     drawing.savefig(path, dpi=100)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,8 @@ def rows() -> list[report.Row]:
 
 
 def draw(folder: Path) -> Iterator[Path]:
+    import matplotlib as mpl
+
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     x, v = family.images(), family.filters()
@@ -64,10 +68,12 @@ def draw(folder: Path) -> Iterator[Path]:
     norms = family.norms(x, dy, v, dw)
     family.figure(norms, x, v, folder / "family.png")
     yield folder / "family.png"
-    drawings = {"folds": _folds(norms), "numerics": _numerics(), "roofline": _roofline(), "peers": _peers()}
-    for name, drawing in drawings.items():
-        drawing.savefig(folder / f"{name}.svg")
-        yield folder / f"{name}.svg"
+    # A page is narrower than most figures, whose letters shrink with them.
+    with mpl.rc_context({"font.size": 13, "legend.fontsize": 12}):
+        drawings = {"folds": _folds(norms), "numerics": _numerics(), "roofline": _roofline(), "peers": _peers()}
+        for name, drawing in drawings.items():
+            drawing.savefig(folder / f"{name}.svg")
+            yield folder / f"{name}.svg"
 
 
 def _figure(width: float, height: float) -> Any:
@@ -90,11 +96,11 @@ def _folds(norms: Sequence[family.Norm]) -> Any:
 
 
 def _numerics() -> Any:
-    drawing = _figure(11, 4.5)
+    drawing = _figure(11, 5.2)
     for axes, of, title in zip(
         drawing.subplots(1, 2),
         ("variance", "y"),
-        ("variance, relative to the true one", "y, whose elements are about 1"),
+        ("variance, relative", "y, absolute"),
         strict=True,
     ):
         for way, (color, marker) in WAYS.items():
@@ -103,49 +109,67 @@ def _numerics() -> Any:
                 axes.loglog(*zip(*points, strict=True), color=color, marker=marker, label=way)
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set(title=f"largest error of {title}", xlabel="mean/σ")
-    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return drawing
 
 
 def _roofline() -> Any:
-    drawing = _figure(13, 4.8)
-    for axes, pass_ in zip(drawing.subplots(1, 3, sharey=True), PASSES, strict=True):
-        for norm, color in COLORS.items():
-            chosen = [row for row in rows() if row["pass"] == pass_ and row["norm"] == norm]
-            for layout, marker in (("first", "o"), ("last", "v"), ("flat", "s")):
-                some = [row for row in chosen if row["layout"] == layout]
-                axes.scatter([report.megabytes(row) for row in some], [report.share(row) for row in some], s=26,
-                             color=color, marker=marker, alpha=0.7, linewidth=0)  # fmt: skip
-        axes.axhline(1, color="#cc3311", linewidth=1)
-        axes.set_xscale("log")
-        axes.set(title=pass_, xlabel="MB of x")
+    drawing = _by_size(
+        lambda row: report.share(row),
+        {"channels first": ("o", lambda row: row["layout"] == "first"),
+         "channels last": ("v", lambda row: row["layout"] == "last"),
+         "rows": ("s", lambda row: row["layout"] == "flat")},
+        rows(),
+    )  # fmt: skip
     drawing.axes[0].set(ylabel="part of the copy's bandwidth", ylim=(0, None))
-    _legend(drawing, {"channels first": "o", "channels last": "v", "rows": "s"})
     return drawing
 
 
 def _peers() -> Any:
-    drawing = _figure(13, 4.8)
-    for axes, pass_ in zip(drawing.subplots(1, 3, sharey=True), PASSES, strict=True):
-        for norm, color in COLORS.items():
-            chosen = [row for row in rows() if row["pass"] == pass_ and row["norm"] == norm and "torch" in row["ms"]]
-            for lost, marker in ((False, "o"), (True, "X")):
-                some = [row for row in chosen if (row["ratios"]["torch/ours"]["median"] < 1) == lost]
-                axes.scatter(
-                    [report.megabytes(row) for row in some],
-                    [row["ratios"]["torch/ours"]["median"] for row in some],
-                    s=60 if lost else 26, color=color, marker=marker, alpha=1 if lost else 0.7, linewidth=0,
-                )  # fmt: skip
-        axes.axhline(1, color="#cc3311", linewidth=1)
-        axes.set(title=pass_, xlabel="MB of x", xscale="log", yscale="log")
-    drawing.axes[0].set(ylabel="PyTorch's time / ours, both allocating")
-    _legend(drawing, {"PyTorch takes longer": "o", "PyTorch is faster": "X"})
+    def ratio(row: report.Row) -> float:
+        return float(row["ratios"]["torch/ours"]["median"])
+
+    drawing = _by_size(
+        ratio,
+        {"PyTorch takes longer": ("o", lambda row: ratio(row) >= 1),
+         "PyTorch is faster": ("X", lambda row: ratio(row) < 1)},
+        [row for row in rows() if "torch" in row["ms"]],
+    )  # fmt: skip
+    drawing.axes[0].set(ylabel="PyTorch's time / ours", yscale="log")
+    drawing.axes[0].yaxis.set_major_formatter("{x:g}")
     return drawing
 
 
-def _legend(drawing: Any, markers: dict[str, str]) -> None:
+def _by_size(
+    value: Callable[[report.Row], float],
+    kinds: dict[str, tuple[str, Callable[[report.Row], bool]]],
+    chosen: Sequence[report.Row],
+) -> Any:
+    """A panel for each pass: every row as a point, pale, and for each norm a line through the medians of sizes within a
+    factor of 4."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linestyle="", marker="o", color=color, label=norm) for norm, color in COLORS.items()]
-    handles += [Line2D([], [], linestyle="", marker=m, color="black", label=text) for text, m in markers.items()]
-    drawing.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    drawing = _figure(11, 5.5)
+    for axes, pass_ in zip(drawing.subplots(1, 3, sharey=True), PASSES, strict=True):
+        for norm, color in COLORS.items():
+            of = [row for row in chosen if row["pass"] == pass_ and row["norm"] == norm]
+            for marker, fits in kinds.values():
+                some = [row for row in of if fits(row)]
+                lost = marker == "X"
+                axes.scatter(
+                    [report.megabytes(row) for row in some], [value(row) for row in some], s=60 if lost else 20,
+                    color=color, marker=marker, alpha=1 if lost else 0.3, linewidth=0, zorder=3 if lost else 1,
+                )  # fmt: skip
+            bins: dict[int, list[report.Row]] = {}
+            for row in of:
+                bins.setdefault(round(math.log(report.megabytes(row), 4)), []).append(row)
+            medians = [(4.0**exponent, median(map(value, bins[exponent]))) for exponent in sorted(bins)]
+            axes.plot(*zip(*medians, strict=True), color=color, linewidth=2.2, zorder=2)
+        axes.axhline(1, color="#cc3311", linewidth=1.5)
+        axes.set(title=pass_, xlabel="MB of x", xscale="log")
+    handles = [Line2D([], [], linewidth=2.2, color=color, label=norm) for norm, color in COLORS.items()]
+    handles += [
+        Line2D([], [], linestyle="", marker=marker, color="#555555", label=text) for text, (marker, _) in kinds.items()
+    ]
+    drawing.legend(handles=handles, loc="outside lower center", ncols=5)
+    return drawing
