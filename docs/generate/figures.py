@@ -115,7 +115,7 @@ def _numerics() -> Any:
 
 def _roofline() -> Any:
     drawing = _by_size(
-        lambda row: report.share(row),
+        report.share,
         {"channels first": ("o", lambda row: row["layout"] == "first"),
          "channels last": ("v", lambda row: row["layout"] == "last"),
          "rows": ("s", lambda row: row["layout"] == "flat")},
