@@ -550,7 +550,9 @@ def test_documentation_has_the_table() -> None:
     listed = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in CONVENTIONS and len(row) == 6}
 
     def shown(eps: Any) -> str:
-        return "none" if eps == "" else "finfo" if eps is None else f"{eps:.0e}".replace("e-0", "e-")
+        if eps == "":
+            return "none"
+        return "`finfo(dtype).eps`" if eps is None else f"`{eps:.0e}`".replace("e-0", "e-")
 
     assert list(documented) == list(listed) == list(CONVENTIONS)
     for name, row in CONVENTIONS.items():
