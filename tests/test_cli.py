@@ -54,13 +54,15 @@ def test_module_runs_as_a_program() -> None:
         ["info", "--no-such-flag"],
         ["bench", "--shape", "8"],
         ["bench", "--shape", "8,0"],
+        ["bench", "--shape", "8,four"],
+        ["bench", "--isa", "v9"],
+        ["bench", "--isa", "v2", "--device", "cuda"],
         ["bench", "--threads", "0"],
         ["bench", "--threads", "1", "--device", "cuda"],
         ["bench", "--compile"],
         ["bench", "--peers", "cudnn"],
         ["bench", "--device", "cuda", "--peers", "torch"],
         ["bench", "--plot", "results.jpeg"],
-        ["bench", "--json", "no-such-folder/results.json"],
         ["selftest", "--device", "gpu"],
         ["demo", "--optimizer", "guess"],
         ["demo", "--epochs", "0"],
@@ -88,6 +90,88 @@ def test_a_missing_library_is_named_with_its_remedy(
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main([command]) == 2
     assert capsys.readouterr().err == f"fusednorm {command} needs rich: pip install 'fusednorm[{command}]'\n"
+
+
+def test_pytorch_as_a_peer_must_be_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
+    arguments = ["bench", "--shape", "4x6x5x5", "--repeat", "1", "--markdown"]
+    assert main([*arguments, "--peers", "torch"]) == 2
+    assert capsys.readouterr().err == "fusednorm bench --peers torch needs PyTorch: pip install 'fusednorm[torch]'\n"
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "nobody else was timed" in text
+    assert "rows lost" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--json", "/proc/a.json"],
+        ["bench", "--json", "no-such-folder/a.json"],
+        ["bench", "--plot", "/proc/a.png"],
+        ["demo", "--output", "/proc"],
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for library in ("rich", "matplotlib", "sklearn"):
+        pytest.importorskip(library)
+    monkeypatch.setattr(bench, "select", None)
+    monkeypatch.setattr("fusednorm.cli.demo.load_digits", None)
+    assert main(arguments) == 2
+    assert re.fullmatch(rf"fusednorm {arguments[0]}: cannot write \S+: .+\n", capsys.readouterr().err)
+
+
+def test_bench_keeps_what_it_measured_before_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured, file = bench.measure, tmp_path / "results.json"
+
+    def interrupted(case: Case, *args: Any, **options: Any) -> Any:
+        if len(case.shape) == 2:
+            raise KeyboardInterrupt
+        return measured(case, *args, **options)
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    arguments = ["bench", "--shape", "4,6,5,5", "--shape", "4,6", "--repeat", "1", "--peers", "none", "--markdown"]
+    assert main([*arguments, "--json", str(file)]) == 130
+    results = json.loads(file.read_text())
+    assert len(results["rows"]) == 6
+    assert len(results["interrupted"]) == 2
+    assert "2 cases were not measured, because of Ctrl-C" in capsys.readouterr().out
+
+
+def test_bench_takes_an_instruction_set(capsys: pytest.CaptureFixture[str]) -> None:
+    before = _C.build_info()["isa"]
+    least = _C.build_info()["isa_runnable"][-1]
+    arguments = ["bench", "--shape", "4,6", "--repeat", "1", "--peers", "none", "--json", "-"]
+    assert main([*arguments, "--isa", least]) == 0
+    assert json.loads(capsys.readouterr().out)["environment"]["isa"] == least
+    assert _C.build_info()["isa"] == before
+
+
+def test_bench_says_that_a_machine_is_busy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (1e3, 1e3, 1e3))
+    assert main(["bench", "--shape", "4,6", "--repeat", "1", "--peers", "none", "--markdown"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("this machine is busy")
+    assert "the machine was busy (load 1000)" in captured.out
+
+
+@pytest.mark.parametrize("pass_", bench.PASSES)
+def test_the_formula_in_numpy_computes_the_same(pass_: str) -> None:
+    case = Case(name="formula", shape=(8, 6, 5, 5), training=pass_ != "eval", running=True)
+    with bench.Cpu(with_numpy=True) as machine:
+        inputs = make(case)
+        by_name = {each.name: each for each in machine.contenders(case, inputs, pass_)}
+        results = []
+        for name in ("ours", "numpy"):
+            array = by_name[name].array
+            assert array
+            results.append(array(by_name[name].call()))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("command", ["selftest", "bench", "demo"])

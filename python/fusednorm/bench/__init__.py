@@ -6,7 +6,8 @@
      "pass": "forward", "activation": ..., "residual": ..., "ghost_batch_size": ..., "checked": [3, 64], "wrong": [],
      "ms": {"copy": {"median": ..., "p10": ..., "p90": ...}, "ours_out": ..., "ours": ..., "torch_out": ..., ...},
      "ratios": {"ours_out/copy": {...}, "torch_out/ours_out": {...}, "torch/ours": {...}}}],
-     "left_out": ["why a case was not measured", ...], "failed": ["what a case raised", ...]}
+     "left_out": ["why a case was not measured", ...], "failed": ["what a case raised", ...],
+     "interrupted": ["a case that Ctrl-C left unmeasured", ...]}
 
 ``checked``: how many channels (layer and RMS norm: lines) of how many were compared with float64; ``wrong``: what was
 not as it should be. Rows of a GPU have other contenders and more to tell: :mod:`fusednorm.bench.gpu`.
@@ -156,10 +157,10 @@ def run(
     """
     begin = perf_counter()
     rows: list[Row] = []
-    left_out, failed = [], []
+    left_out, failed, interrupted = [], [], []
     with machine or Cpu() as place:
         where = environment()
-        for case in cases:
+        for i, case in enumerate(cases):
             if seconds is not None and perf_counter() - begin > seconds:
                 left_out.append(f"{case.name}: no time was left")
             elif not place.has_room(case):
@@ -167,10 +168,13 @@ def run(
             else:
                 try:
                     rows += measure(case, passes, machine=place, peers=peers, repeat=repeat, report=report)
-                except Exception as error:  # what was measured before is not lost
+                except KeyboardInterrupt:  # what was measured before is not lost
+                    interrupted = [each.name for each in cases[i:]]
+                    break
+                except Exception as error:
                     failed.append(f"{case.name}: {type(error).__name__}: {error}")
         where |= place.environment()
-    return {"environment": where, "rows": rows, "left_out": left_out, "failed": failed}
+    return {"environment": where, "rows": rows, "left_out": left_out, "failed": failed, "interrupted": interrupted}
 
 
 def measure(

@@ -15,7 +15,7 @@ import fusednorm
 from fusednorm import _C, reference
 from fusednorm.arrays import namespace
 from fusednorm.bench.timing import Contender, interleaved, ratio, spread
-from fusednorm.testing.cases import Array, Case, Inputs, calls, make
+from fusednorm.testing.cases import Array, Case, Inputs, calls, make, numpy_dtype
 
 PASSES = ("forward", "backward", "eval")
 
@@ -30,14 +30,21 @@ class Cpu:
 
     Attributes:
         ratios: which contenders' times are divided by which.
-        peers: the contenders besides ours and the copy.
+        peers: the contenders besides ours and the copy, but NumPy.
+
+    Args:
+        threads: of ours and of PyTorch; None: as many as ours has now.
+        with_reference: whether the NumPy reference is timed; None: of small tensors.
+        with_numpy: whether batch norm's formula in NumPy is timed, in x's dtype.
     """
 
     peers: Sequence[str] = ("torch", "reference")
     ratios: Sequence[tuple[str, str]] = (("ours_out", "copy"), ("torch_out", "ours_out"), ("torch", "ours"))
 
-    def __init__(self, threads: int | None = None, with_reference: bool | None = None) -> None:
-        self.threads, self.with_reference = threads, with_reference
+    def __init__(
+        self, threads: int | None = None, with_reference: bool | None = None, with_numpy: bool = False
+    ) -> None:
+        self.threads, self.with_reference, self.with_numpy = threads, with_reference, with_numpy
 
     def __enter__(self) -> Cpu:
         self.torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
@@ -72,7 +79,8 @@ class Cpu:
         """All that can compute one pass of a case.
 
         ``copy``; ``ours_out`` and ``torch_out`` into a ready array; ``ours`` and ``torch`` allocating their results, as
-        they are used; ``reference``. PyTorch is left out where it is not installed or has no such operation.
+        they are used; ``numpy`` and ``reference``. PyTorch is left out where it is not installed or has no
+        such operation.
 
         Args:
             pass_: ``forward``, ``backward`` or ``eval``.
@@ -88,6 +96,8 @@ class Cpu:
         peer = torch_peer(case)
         if peer and importlib.util.find_spec("torch"):
             found += peer(case, inputs).contenders(pass_)
+        if self.with_numpy:
+            found.append(Contender("numpy", formula(np, case, inputs, pass_), _itself))
         if self.with_reference or (self.with_reference is None and case.size <= REFERENCE_ELEMENTS):
             found.append(_reference(case, inputs, pass_))
         return found
@@ -149,6 +159,52 @@ def _reference(case: Case, inputs: Inputs, pass_: str) -> Contender:
     inputs = replace(inputs, running_mean=mean, running_var=var)
     forward, backward = calls(case, inputs, reference)
     return Contender("reference", partial(backward, *forward()[1:]) if pass_ == "backward" else forward)
+
+
+def formula(xp: Any, case: Case, inputs: Inputs, pass_: str) -> Callable[[], Array]:
+    """Batch norm an operation at a time, as one writes it with NumPy or CuPy (`xp`); 16-bit types in float32."""
+    case_dtype, real = numpy_dtype(case.dtype), numpy_dtype(case.accumulation_dtype)
+    axes = tuple(axis for axis in range(len(case.shape)) if axis != case.axis % len(case.shape))
+    shape = [case.channels if axis == case.axis % len(case.shape) else 1 for axis in range(len(case.shape))]
+
+    def along(parameter: Array | None, default: float) -> Any:
+        return default if parameter is None else parameter.astype(real).reshape(shape)
+
+    def statistics(x: Array) -> tuple[Array, Array]:
+        mean: Array = x.mean(axis=axes, keepdims=True)
+        return mean, ((x - mean) ** 2).mean(axis=axes, keepdims=True)
+
+    def pre(xhat: Array) -> Array:
+        y: Array = xhat * weight + bias
+        if inputs.residual is not None:
+            y = y + inputs.residual.astype(real)
+        return y
+
+    def forward() -> Array:
+        x = inputs.x.astype(real, copy=False)
+        if case.training:
+            mean, variance = statistics(x)
+        else:
+            mean, variance = along(inputs.running_mean, 0), along(inputs.running_var, 1)
+        y = pre((x - mean) / xp.sqrt(variance + case.eps))
+        return (xp.maximum(y, 0) if case.activation else y).astype(case_dtype, copy=False)
+
+    def backward() -> Array:
+        x, dy = inputs.x.astype(real, copy=False), inputs.dy.astype(real, copy=False)
+        xhat = (x - saved_mean) * saved_rstd
+        if case.activation:
+            dy = dy * (pre(xhat) > 0)
+        dbias, dweight = dy.sum(axis=axes, keepdims=True), (dy * xhat).sum(axis=axes, keepdims=True)
+        n = case.size / case.channels
+        dx: Array = (dy - dbias / n - xhat * (dweight / n)) * (weight * saved_rstd)
+        return dx.astype(case_dtype, copy=False)
+
+    weight, bias = along(inputs.weight, 1), along(inputs.bias, 0)
+    if pass_ != "backward":
+        return forward
+    saved_mean, variance = statistics(inputs.x.astype(real, copy=False))
+    saved_rstd = 1 / xp.sqrt(variance + case.eps)
+    return backward
 
 
 def _itself(y: Array) -> Array:

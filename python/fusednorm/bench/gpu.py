@@ -30,7 +30,7 @@ import numpy as np
 
 import fusednorm
 from fusednorm import _C, arrays
-from fusednorm.bench.contenders import Torch, TorchBatch, compared, ours, torch_peer
+from fusednorm.bench.contenders import Torch, TorchBatch, compared, formula, ours, torch_peer
 from fusednorm.bench.timing import ROUNDS, Contender, interleaved, spread
 from fusednorm.testing import cases
 from fusednorm.testing.cases import Array, Case, Inputs
@@ -212,7 +212,7 @@ class Gpu:
             "ours": lambda: both[1],
         }
         if case.norm == "batch" and case.ghost_batch_size is None:
-            makers["cupy"] = lambda: Contender("cupy", self._formula(case, inputs, pass_), lambda result: result)
+            makers["cupy"] = lambda: Contender("cupy", formula(self.cupy, case, inputs, pass_), lambda result: result)
         peer = torch_peer(case)
         if peer is None:
             return makers
@@ -247,52 +247,6 @@ class Gpu:
                 return Contender("compile", torch.of(self.compiled[case, pass_], pass_), torch.array)
 
         return makers | {"native": native, "cudnn": cudnn, "compile": compiled}
-
-    def _formula(self, case: Case, inputs: Inputs, pass_: str) -> Callable[[], Array]:
-        """Batch norm an operation at a time, as one writes it with CuPy; 16-bit types in float32."""
-        cupy = self.cupy
-        case_dtype, real = cases.numpy_dtype(case.dtype), cases.numpy_dtype(case.accumulation_dtype)
-        axes = tuple(axis for axis in range(len(case.shape)) if axis != case.axis % len(case.shape))
-        shape = [case.channels if axis == case.axis % len(case.shape) else 1 for axis in range(len(case.shape))]
-
-        def along(parameter: Array | None, default: float) -> Any:
-            return default if parameter is None else parameter.astype(real).reshape(shape)
-
-        def statistics(x: Array) -> tuple[Array, Array]:
-            mean: Array = x.mean(axis=axes, keepdims=True)
-            return mean, ((x - mean) ** 2).mean(axis=axes, keepdims=True)
-
-        def pre(xhat: Array) -> Array:
-            y: Array = xhat * weight + bias
-            if inputs.residual is not None:
-                y = y + inputs.residual.astype(real)
-            return y
-
-        def forward() -> Array:
-            x = inputs.x.astype(real, copy=False)
-            if case.training:
-                mean, variance = statistics(x)
-            else:
-                mean, variance = along(inputs.running_mean, 0), along(inputs.running_var, 1)
-            y = pre((x - mean) / cupy.sqrt(variance + case.eps))
-            return (cupy.maximum(y, 0) if case.activation else y).astype(case_dtype, copy=False)
-
-        def backward() -> Array:
-            x, dy = inputs.x.astype(real, copy=False), inputs.dy.astype(real, copy=False)
-            xhat = (x - saved_mean) * saved_rstd
-            if case.activation:
-                dy = dy * (pre(xhat) > 0)
-            dbias, dweight = dy.sum(axis=axes, keepdims=True), (dy * xhat).sum(axis=axes, keepdims=True)
-            n = case.size / case.channels
-            dx: Array = (dy - dbias / n - xhat * (dweight / n)) * (weight * saved_rstd)
-            return dx.astype(case_dtype, copy=False)
-
-        weight, bias = along(inputs.weight, 1), along(inputs.bias, 0)
-        if pass_ != "backward":
-            return forward
-        saved_mean, variance = statistics(inputs.x.astype(real, copy=False))
-        saved_rstd = 1 / cupy.sqrt(variance + case.eps)
-        return backward
 
     def times(
         self, case: Case, inputs: Inputs, pass_: str, entrants: Sequence[Contender], repeat: int | None

@@ -94,9 +94,12 @@ def _is_of_a_gpu(results: Mapping[str, Any]) -> bool:
     return "gpu" in results["environment"]
 
 
-def _numpy(row: Row) -> str:
+def _reference(row: Row) -> str:
     ms = row["ms"]
-    return f"{ms['reference']['median'] / ms['ours']['median']:.0f}" if "reference" in ms else "–"
+    if "reference" not in ms:
+        return "–"
+    times = ms["reference"]["median"] / ms["ours"]["median"]
+    return f"{times:.1f}" if times < 10 else f"{times:.0f}"
 
 
 def _ms(name: str) -> Callable[[Row], str]:
@@ -143,7 +146,7 @@ _CPU: dict[str, Callable[[Row], str]] = {
     "ours/copy": _ratio("ours_out/copy"),
     "torch/ours out=": _ratio("torch_out/ours_out"),
     "torch/ours": _ratio("torch/ours"),
-    "NumPy/ours": _numpy,
+    "reference/ours": _reference,
 }
 _GPU: dict[str, Callable[[Row], str]] = {
     "case": label,
@@ -232,21 +235,37 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     for pass_ in dict.fromkeys(row["pass"] for row in rows if row.get("floor")):
         shares = [share(row) for row in rows if row.get("floor") and row["pass"] == pass_]
         lines.append(f"{pass_} reaches {_mean(shares):.0%} of the copy's bandwidth (geometric mean)")
-    lines.append(f"{sum(map(loses, rows))} of {len(rows)} rows lost")
+    if any(name in row["ratios"] for row in rows for name in _AGAINST):
+        lines.append(f"{sum(map(loses, rows))} of {len(rows)} rows lost")
+    elif rows:
+        absent = " (PyTorch is not installed)" if not results["environment"]["versions"].get("torch") else ""
+        lines.append(f"nobody else was timed{absent}, so this says nothing about who is faster")
     partly = sum(row["checked"][0] < row["checked"][1] for row in rows)
     some = f", {partly} of them on some of their channels or lines" if partly else ""
     lines.append(f"all rows checked against float64 before timing{some}")
+    busy = results["environment"].get("load_average")
+    if busy and busy[0] > busy_from(results["environment"]["cores"]):
+        lines.append(f"the machine was busy (load {busy[0]:g}): measure again when it is idle")
     eager = sorted({name for row in rows for name in row.get("eager", ())})
     if eager:
         count = sum(bool(row.get("eager")) for row in rows)
         lines.append(f"{', '.join(eager)} could not be recorded in {count} rows: timed call by call")
     reasons = dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.get("absent", {}).items())
     lines += [f"left out in some rows: {reason}" for reason in reasons]
-    for key, text in (("left_out", "were not measured"), ("failed", "FAILED")):
+    for key, text in (
+        ("left_out", "were not measured"),
+        ("interrupted", "were not measured, because of Ctrl-C"),
+        ("failed", "FAILED"),
+    ):
         names = results.get(key, ())
         if names:
             lines.append(f"{len(names)} cases {text}, the first of them {names[0]}")
     return lines
+
+
+def busy_from(cores: int | None) -> float:
+    """The load average above which others take so much of the machine that times mean little."""
+    return (cores or 1) / 2
 
 
 def _mean(numbers: Sequence[float]) -> float:

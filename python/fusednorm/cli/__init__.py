@@ -26,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (info, demo, selftest, bench):
         command.add(commands)
-    args = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    args = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show ×, – or a bar gets a question mark, not a traceback.
         if hasattr(stream, "reconfigure"):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from fusednorm import bench
+from fusednorm import _C, bench
 from fusednorm.bench import report
-from fusednorm.cli.extras import Missing, add_device, positive, require, require_device
+from fusednorm.cli.extras import Missing, add_device, positive, require, require_device, require_writable
 from fusednorm.testing.cases import DTYPES, NORMS, Case
 
 
@@ -46,8 +49,9 @@ def add(commands: Any) -> None:
         f"{','.join(bench.Cpu.peers)} (CPU), {','.join(bench.Gpu.peers)} (GPU)",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU: threads for ours and for PyTorch")
+    parser.add_argument("--isa", metavar="NAME", help="CPU: the instruction set, of those that `fusednorm info` names")
     parser.add_argument("--repeat", type=positive, metavar="N", help="rounds; default: 7, more for short cases")
-    parser.add_argument("--reference", action="store_true", help="CPU: time NumPy on large tensors too")
+    parser.add_argument("--reference", action="store_true", help="CPU: time the float64 reference on large tensors")
     parser.add_argument("--compile", action="store_true", help="GPU: torch.compile for all cases, not only for some")
     parser.add_argument("--seconds", type=positive, metavar="N", help="begin no case after so long, and say so")
     parser.add_argument("--json", metavar="FILE", help="write environment and rows there; -: print them")
@@ -59,15 +63,18 @@ def add(commands: Any) -> None:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    shape = tuple(map(positive, text.split(",")))
-    if len(shape) < 2:
-        raise argparse.ArgumentTypeError(f"needs N,C at least, not {text}")
-    return shape
+    sizes = re.split("[,x×]", text)
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"needs two sizes or more, such as 8,64,56,56, not {text}")
+    return tuple(map(int, sizes))
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.device != "cpu" and (args.threads or args.reference):
-        args.error("--threads and --reference are for the CPU")
+    if args.device != "cpu" and (args.threads or args.reference or args.isa):
+        args.error("--threads, --reference and --isa are for the CPU")
+    if args.isa and args.isa not in _C.build_info()["isa_runnable"]:
+        runnable = ", ".join(_C.build_info()["isa_runnable"])
+        args.error(f"--isa must be one of {runnable} on this machine, not {args.isa}")
     if args.device == "cpu" and args.compile:
         args.error("--compile is for --device cuda")
     place = bench.Cpu if args.device == "cpu" else bench.Gpu
@@ -77,21 +84,22 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
         args.error(f"--plot must end in .png, .svg or .pdf, not {args.plot}")
     printed = args.json == "-"
-    for path in (args.plot, None if printed else args.json):
-        if path and not Path(path).parent.is_dir():  # said now, not after minutes
-            args.error(f"there is no folder {Path(path).parent}")
     if not args.results:
         require_device("bench", args.device)
     if not (args.markdown or printed):
         require("bench", "bench", rich="rich")
     if args.plot:
         require("bench --plot", "bench", matplotlib="matplotlib")
+    if "torch" in (args.peers or ()) and not args.results:
+        require("bench --peers torch", "torch", torch="PyTorch")
+    for path in filter(None, (args.plot, None if printed else args.json)):
+        require_writable("bench", path)
     earlier = _read(args.compare) if args.compare else None
     if args.results:
         results = _read(args.results)
     else:
         results = _measure(args)
-        if not any(results[key] for key in ("rows", "left_out", "failed")):
+        if not any(results[key] for key in ("rows", "left_out", "failed", "interrupted")):
             print("no benchmark case fits these options", file=sys.stderr)
             return 2
     if args.json:
@@ -107,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         print(bench.table(shown), end="")
     elif not printed:
         _show(shown)
+    if results.get("interrupted"):
+        return 130
     return 1 if any(row["wrong"] for row in results["rows"]) or results.get("failed") else 0
 
 
@@ -126,20 +136,30 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         norm=args.norm, dtype=args.dtype, layout=args.layout, shapes=args.shape, quick=args.quick, device=args.device
     )
     machine = (
-        bench.Cpu(args.threads, True if args.reference else None)
+        bench.Cpu(args.threads, with_reference=True if args.reference else None)
         if args.device == "cpu"
         else bench.Gpu(args.device, compiles=args.compile)
     )
     passes = bench.PASSES if args.passes == "all" else (args.passes,)
     terminal = sys.stderr.isatty()
     clear = "\r\033[K"
+    cores, load = os.cpu_count(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > report.busy_from(cores):
+        print(f"this machine is busy: its load is {load:.1f} on {cores} cores; times will be too long", file=sys.stderr)
+    start = time.perf_counter()
 
-    def report(case: Case, pass_: str) -> None:
+    def show(case: Case, pass_: str) -> None:
         if terminal:
-            text = f"{cases.index(case) + 1}/{len(cases)} {case.name} {pass_}"
+            done = cases.index(case)
+            text = f"{done + 1}/{len(cases)} {case.name} {pass_}"
+            if done > 2:  # as a rule: the list is not in order of size
+                text += f", about {(time.perf_counter() - start) / done * (len(cases) - done) / 60:.1f} min left"
             print(clear + text, end="", file=sys.stderr, flush=True)
 
+    chosen = _C.build_info()["isa"]
     try:
+        if args.isa:
+            _C.select_isa(args.isa)
         return bench.run(
             cases,
             passes,
@@ -147,9 +167,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             peers=args.peers,
             repeat=args.repeat or (5 if args.quick else None),
             seconds=args.seconds,
-            report=report,
+            report=show,
         )
     finally:
+        _C.select_isa(chosen)
         if terminal:
             print(clear, end="", file=sys.stderr, flush=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+from pathlib import Path
 
 from fusednorm import arrays
 
@@ -25,6 +26,19 @@ def require(command: str, extra: str, **libraries: str) -> None:
         *others, last = missing
         names = f"{', '.join(others)} and {last}" if others else last
         raise Missing(f"fusednorm {command} needs {names}: pip install 'fusednorm[{extra}]'")
+
+
+def require_writable(command: str, path: str | Path) -> None:
+    """Raise Missing unless a file can be written there: said before the work, not after it."""
+    path = Path(path)
+    existed = path.exists()
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise Missing(f"fusednorm {command}: cannot write {path}: {error.strerror}") from None
+    if not existed:
+        path.unlink()
 
 
 def require_device(command: str, device: str) -> None:

@@ -121,7 +121,7 @@ def _progress(chosen: Sequence[Case]) -> Iterable[Case]:
 
 
 def _show(worst: Worst, places: Sequence[str], failures: list[dict[str, Any]], checked: int, skipped: int) -> None:
-    print("largest error, as a part of its bound")
+    print("largest error, as a part of its bound; up to 1 it passes")
     print(f"{'x':<10}{'result':<14}" + "".join(f"{place:>10}" for place in places))
     above = ""
     for (dtype, result), by_place in sorted(worst.items(), key=lambda item: cases.DTYPES.index(item[0][0])):

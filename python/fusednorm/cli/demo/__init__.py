@@ -17,7 +17,7 @@ import fusednorm
 from fusednorm import arrays, bench
 from fusednorm.cli.demo import network
 from fusednorm.cli.demo.optimizers import OPTIMIZERS
-from fusednorm.cli.extras import add_device, positive, require, require_device
+from fusednorm.cli.extras import Missing, add_device, positive, require, require_device, require_writable
 from fusednorm.testing.cases import Array, Case, expected, make
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ def run(args: argparse.Namespace) -> int:
 
     from fusednorm.cli.demo import show
 
+    path = args.output / "fusednorm-demo.png"
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Missing(f"fusednorm demo: cannot make {args.output}: {error.strerror}") from None
+    require_writable("demo", path)
     console = Console(highlight=False, stderr=args.json)
     digits = load_digits(args.seed).to(args.device)
     optimizer = OPTIMIZERS[args.optimizer]
@@ -98,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
     )
     times = [] if args.skip_timing else _times(console, args.device)
     errors = [] if args.skip_timing else _accuracy(console, args.device)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "fusednorm-demo.png"
     show.figure(histories, path)
     console.print(f"Training curves: {path.resolve()}", soft_wrap=True)
     if args.json:
@@ -155,11 +159,11 @@ def _times(console: Console, device: str) -> list[dict[str, Any]]:
         soft_wrap=True,
     )
     others = (
-        {"torch": "PyTorch", "reference": "NumPy, from the formulas, float64"}
+        {"torch": "PyTorch", "numpy": "NumPy, from the formulas"}
         if cpu
         else {"native": "PyTorch", "cudnn": "PyTorch with cuDNN", "cupy": "CuPy, from the formulas"}
     )
-    machine = bench.Cpu(with_reference=True) if cpu else bench.Gpu(device)
+    machine = bench.Cpu(with_numpy=True) if cpu else bench.Gpu(device)
     with console.status("A moment, results are checked first"):
         rows: list[dict[str, Any]] = bench.run([Case(name="demo", shape=shape)], machine=machine)["rows"]
     forward, backward = rows
