@@ -87,10 +87,11 @@ def types(session: nox.Session) -> None:
 @nox.session
 def wheel(session: nox.Session) -> None:
     """The source distribution: a wheel can be built from it, here of one instruction set, and has the types that the
-    stubs say."""
+    stubs say. Of cibuildwheel, which needs Docker, that it takes its configuration."""
     dist = Path(session.create_tmp()) / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    session.install("build", "numpy", "rich", *LINT)
+    session.install("build", "cibuildwheel", "numpy", "rich", *LINT)
+    session.run("cibuildwheel", "--platform", "linux", "--print-build-identifiers")
     environment = {"FUSEDNORM_CUDA": "OFF", "FUSEDNORM_KERNELS": LEAST}
     session.run("python", "-m", "build", "--outdir", str(dist), env=environment)
     built = sorted(dist.glob("*.whl"))

@@ -1,4 +1,4 @@
-"""Every Python block of README.md and the documentation runs as it stands.
+"""Every block of README.md and the documentation runs as it stands: of a shell's, what is this project's own.
 
 The blocks of one page share their names, in order. What a block needs besides NumPy stands before it,
 ``<!-- needs: torch -->``: where that is not installed the block is skipped, and so is what uses its names.
@@ -10,16 +10,19 @@ import ast
 import importlib.util
 import inspect
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 import fusednorm
 import numpy as np
 import pytest
-from fusednorm import arrays
+from fusednorm import arrays, bench
+from fusednorm.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -31,7 +34,7 @@ _MARKER = re.compile(r"<!-- needs: (.+) -->")
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block of Python; `line` is that of its first line, from 1."""
+    """One fenced block; `line` is that of its first line, from 1."""
 
     page: Path
     line: int
@@ -42,7 +45,10 @@ class Block:
         return f"{self.page.name}:{self.line}"
 
 
-def blocks(page: Path) -> Iterator[Block]:
+PYTHON, SHELL = ("py", "python", "python3", "pycon"), ("sh", "bash", "console", "shell")
+
+
+def blocks(page: Path, languages: tuple[str, ...] = PYTHON) -> Iterator[Block]:
     needs: tuple[str, ...] = ()
     language, indent, start = None, "", 0
     lines = page.read_text().splitlines()
@@ -51,7 +57,7 @@ def blocks(page: Path) -> Iterator[Block]:
         if language is None and fence:
             language, indent, start = fence[2], fence[1], number
         elif fence and not fence[2]:
-            if language in ("py", "python", "python3", "pycon"):
+            if language in languages:
                 code = "\n".join(each.removeprefix(indent) for each in lines[start : number - 1])
                 yield Block(page, start + 1, code, needs)
             language, needs = None, ()
@@ -121,6 +127,52 @@ def test_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     np.random.seed(0)  # noqa: NPY002 (what pages may use is repeatable)
     run(block, page(block.page))
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """Those of a shell's block, a list of words each; variables that are set before one are left out."""
+    for line in code.splitlines():
+        command: list[str] = []
+        for word in [*shlex.split(line, comments=True), "&&"]:
+            if word == "&&":
+                if command:
+                    yield command
+                command = []
+            elif command or not re.match(r"\w+=", word):
+                command.append(word)
+
+
+# What a person does to a machine, and what .ci/run does where it takes long: the tests, the linters, the wheels.
+ELSEWHERE = ("apt", "python3", "python", "pytest", "nox", ".", "cibuildwheel")
+SHELL_BLOCKS = [each for path in PAGES for each in blocks(path, SHELL)]
+
+
+@pytest.mark.parametrize("block", SHELL_BLOCKS, ids=str)
+def test_commands_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fusednorm's own, in few epochs and on few cases; of what is installed from a checkout the extras exist."""
+    monkeypatch.chdir(tmp_path)
+    select = bench.select
+    monkeypatch.setattr(bench, "select", lambda **which: sorted(select(**which), key=lambda case: case.size)[:2])
+    for command, *words in commands(block.code):
+        if command == "fusednorm":
+            for library in ("rich", "matplotlib", "sklearn"):
+                pytest.importorskip(library)
+            less = {"demo": ["--epochs", "1", "--skip-timing"], "bench": ["--repeat", "1"]}
+            assert main([*words, *less.get(words[0], [])]) == 0, f"{block}: {shlex.join(words)}"
+        elif command == "pip":
+            extras = {extra for word in words for extra in re.findall(r"^\.\[(.+)\]$", word)}
+            assert extras <= {*(metadata("fusednorm").get_all("Provides-Extra") or ())}
+        else:
+            assert command in ELSEWHERE, f"{block}: nothing tells whether {command} works"
+
+
+def test_commands_are_found() -> None:
+    code = "A=1 pip install '.[demo]' && fusednorm demo  # it works\n\npython3 -m venv .venv\n"
+    assert [*commands(code)] == [
+        ["pip", "install", ".[demo]"],
+        ["fusednorm", "demo"],
+        ["python3", "-m", "venv", ".venv"],
+    ]
 
 
 def imported(code: str) -> set[str]:
