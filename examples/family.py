@@ -18,7 +18,7 @@ from typing import Any
 import fusednorm as fn
 import numpy as np
 from fusednorm import bench, fold
-from fusednorm.cli.extras import positive
+from fusednorm.cli.extras import installs, positive, progress
 from fusednorm.fold import Fold
 from fusednorm.testing import cases
 from fusednorm.testing.cases import Array, Case, Inputs
@@ -151,6 +151,7 @@ def table(
     time."""
     rows, all_right = [], True
     for norm in family:
+        progress(f"{norm.name} norm …")
         inputs = inputs_of(norm.case, *(filters if norm.name == "weight" else images))
         want = cases.expected(norm.case, inputs)
         bounds = cases.bounds(norm.case, inputs, want)
@@ -173,6 +174,7 @@ def table(
                 row += times(norm.case, inputs, which, call, true, machine) if right else ["–"] * 3
             rows.append(row)
             names = "", "", ""
+    progress()
     return rows, all_right
 
 
@@ -203,23 +205,26 @@ def with_spread(of: dict[str, float]) -> str:
 
 
 def show(title: str, rows: list[list[str]]) -> None:
-    """With rich, if it is installed."""
-    columns = ["norm", "fold", "saved", "pass", "deviation", "ours ms", "PyTorch ms", "PyTorch/ours"][: len(rows[0])]
+    """With rich, if it is installed; what is saved stands below the fold."""
+    columns = ["norm", "fold, saved", "pass", "deviation", "ours ms", "PyTorch ms", "PyTorch/ours"][: len(rows[0]) - 1]
+    lines = []
+    for (name, of_fold, saved, *forward), backward in zip(rows[::2], rows[1::2], strict=True):
+        lines += [[name, of_fold, *forward], ["", saved, *backward[3:]]]
     if importlib.util.find_spec("rich"):
         from rich import box
         from rich.console import Console
         from rich.table import Table
 
-        drawn = Table(*columns, box=box.SIMPLE_HEAD, title=title)
-        for row in rows:
+        drawn = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, title=title)
+        for row in lines:
             drawn.add_row(*row)
         console = Console(highlight=False)
-        console.width = max(console.width, 140)  # broken lines are easier to read than broken cells
+        console.width = max(console.width, 100)  # broken lines are easier to read than broken cells
         console.print(drawn)
         return
-    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+    widths = [max(len(row[i]) for row in (columns, *lines)) for i in range(len(columns))]
     print(title)
-    for row in (columns, *rows):
+    for row in (columns, *lines):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
@@ -319,10 +324,12 @@ def main() -> int:
     if not importlib.util.find_spec("torch"):
         print("PyTorch is not installed: pip install torch compares with it.")
     if importlib.util.find_spec("matplotlib"):
+        progress("drawing …")
         figure(family, x, v, args.output)
+        progress()
         print(f"Figure: {args.output.resolve()}")
     else:
-        print("No figure: matplotlib is not installed; pip install 'fusednorm[demo]' brings it.")
+        print(f"No figure: it needs matplotlib, {installs('demo')}")
     return 0 if right else 1
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fusednorm import arrays
@@ -25,20 +29,39 @@ def require(command: str, extra: str, **libraries: str) -> None:
     if missing:
         *others, last = missing
         names = f"{', '.join(others)} and {last}" if others else last
-        raise Missing(f"fusednorm {command} needs {names}: pip install 'fusednorm[{extra}]'")
+        raise Missing(f"fusednorm {command} needs {names}: {installs(extra)}")
 
 
-def require_writable(command: str, path: str | Path) -> None:
-    """Raise Missing unless a file can be written there: said before the work, not after it."""
-    path = Path(path)
-    existed = path.exists()
+def installs(extra: str) -> str:
+    """How to install an extra, from an index or from a checkout."""
+    return f"pip install 'fusednorm[{extra}]', or in a checkout pip install '.[{extra}]'"
+
+
+@contextmanager
+def writing(command: str, path: Path) -> Iterator[None]:
+    """Raise Missing if what is done within cannot write `path`."""
     try:
+        yield
+    except OSError as error:
+        raise Missing(f"fusednorm {command}: cannot write {path}: {error.strerror or error}") from None
+
+
+def require_writable(command: str, path: Path) -> None:
+    """Make the folder of a file, and raise Missing unless the file can be written: before the work, not after it."""
+    with writing(command, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
         with path.open("a"):
             pass
-    except OSError as error:
-        raise Missing(f"fusednorm {command}: cannot write {path}: {error.strerror}") from None
-    if not existed:
-        path.unlink()
+        if not existed:
+            path.unlink()
+
+
+def progress(text: str = "") -> None:
+    """Show one line in place of the one before, or nothing, on standard error where that is a terminal."""
+    if sys.stderr.isatty():
+        shown = text[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\033[K{shown}", end="", file=sys.stderr, flush=True)
 
 
 def require_device(command: str, device: str) -> None:
