@@ -20,6 +20,7 @@ from fusednorm.bench import report
 from fusednorm.bench.contenders import ours, torch_peer
 from fusednorm.bench.timing import Contender, interleaved
 from fusednorm.cli import main
+from fusednorm.cli.extras import progress
 from fusednorm.testing.cases import BENCH, BENCH_CUDA, NORMS, Case, expected, make, numpy_dtype
 
 
@@ -89,39 +90,59 @@ def test_a_missing_library_is_named_with_its_remedy(
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main([command]) == 2
-    assert capsys.readouterr().err == f"fusednorm {command} needs rich: pip install 'fusednorm[{command}]'\n"
+    assert capsys.readouterr().err == (
+        f"fusednorm {command} needs rich: pip install 'fusednorm[{command}]', or in a checkout pip install "
+        f"'.[{command}]'\n"
+    )
 
 
 def test_pytorch_as_a_peer_must_be_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
-    arguments = ["bench", "--shape", "4x6x5x5", "--repeat", "1", "--markdown"]
+    arguments = ["bench", "--shape", "4x6x5x5", "--repeat", "1"]
     assert main([*arguments, "--peers", "torch"]) == 2
-    assert capsys.readouterr().err == "fusednorm bench --peers torch needs PyTorch: pip install 'fusednorm[torch]'\n"
-    assert main(arguments) == 0
-    text = capsys.readouterr().out
-    assert "nobody else was timed" in text
-    assert "rows lost" not in text
+    said = "PyTorch is not installed: nothing to compare with (pip install torch)"
+    assert capsys.readouterr().err == f"fusednorm bench: {said}\n"
+    assert main([*arguments, "--json", "-"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    for version, line in ((None, said), ("2.9", "no other library was timed: nothing to compare with")):
+        results["environment"]["versions"]["torch"] = version
+        assert line in bench.summary(results)
+        assert not any("lost" in each for each in bench.summary(results))
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["bench", "--json", "/proc/a.json"],
-        ["bench", "--json", "no-such-folder/a.json"],
-        ["bench", "--plot", "/proc/a.png"],
-        ["demo", "--output", "/proc"],
-    ],
+    "arguments", [["bench", "--json", "file/a.json"], ["bench", "--plot", "file/a.png"], ["demo", "--output", "file"]]
 )
 def test_what_cannot_be_written_is_said_before_the_work(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")  # no folder
     for library in ("rich", "matplotlib", "sklearn"):
         pytest.importorskip(library)
     monkeypatch.setattr(bench, "select", None)
     monkeypatch.setattr("fusednorm.cli.demo.load_digits", None)
     assert main(arguments) == 2
     assert re.fullmatch(rf"fusednorm {arguments[0]}: cannot write \S+: .+\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_bench_shows_its_table_before_writing_fails(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(bench, "plot", full)
+    path = tmp_path / "new" / "results.png"
+    assert main(["bench", "--shape", "4,6", "--repeat", "1", "--peers", "none", "--markdown", option, str(path)]) == 2
+    captured = capsys.readouterr()
+    assert "| 4×6 f32 | forward |" in captured.out
+    assert captured.err.splitlines()[-1] == f"fusednorm bench: cannot write {path}: No space left on device"
 
 
 def test_bench_keeps_what_it_measured_before_ctrl_c(
@@ -140,7 +161,7 @@ def test_bench_keeps_what_it_measured_before_ctrl_c(
     results = json.loads(file.read_text())
     assert len(results["rows"]) == 6
     assert len(results["interrupted"]) == 2
-    assert "2 cases were not measured, because of Ctrl-C" in capsys.readouterr().out
+    assert "stopped after 4 of 6 cases" in capsys.readouterr().out
 
 
 def test_bench_takes_an_instruction_set(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,11 +174,71 @@ def test_bench_takes_an_instruction_set(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_bench_says_that_a_machine_is_busy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (1e3, 1e3, 1e3))
+    monkeypatch.setattr("os.getloadavg", lambda: (1e3, 1e3, 1e3), raising=False)
     assert main(["bench", "--shape", "4,6", "--repeat", "1", "--peers", "none", "--markdown"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith("this machine is busy")
     assert "the machine was busy (load 1000)" in captured.out
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_bench_has_one_line_a_row_on_any_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    monkeypatch.setenv("COLUMNS", str(width))
+    shape = ["--shape", "2,30,11,10", "--norm", "group", "--dtype", "bfloat16"]
+    assert main(["bench", *shape, "--layout", "last", "--repeat", "1", "--peers", "none"]) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    rows = [line for line in text.splitlines() if "group 2×11×10×30 last bf16" in line]
+    assert [row.split()[4] for row in rows] == ["forward", "backward"]
+    assert max(map(len, rows)) <= width
+    assert text.splitlines()[text.splitlines().index(rows[0]) + 1] == rows[1]
+    assert ("a wider terminal also shows" in text) == (width < 100)
+
+
+def test_bench_tells_the_time_left_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
+    shapes = [part for n in range(2, 7) for part in ("--shape", f"{n},6")]
+    arguments = ["bench", *shapes, "--pass", "eval", "--repeat", "1", "--peers", "none", "--json", "-"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(arguments) == 0
+    shown = capsys.readouterr().err.split("\r\x1b[K")
+    assert shown[-1] == ""
+    assert re.fullmatch(r"10/10, about \d+ s left: 6x6-axis1-float32 eval", shown[-2])
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2
+    assert "  selftest  " in capsys.readouterr().err
+
+
+def test_how_much_slower_the_reference_is_has_digits() -> None:
+    def shown(times: float) -> str:
+        row = {"ms": {"reference": {"median": times}, "ours": {"median": 1.0}}}
+        return report.columns({"environment": {}, "rows": []})["reference/ours"](row)
+
+    assert [*map(shown, (0.254, 1.26, 12.6, 545.4))] == ["0.25", "1.3", "13", "545"]
+
+
+def test_demo_times_numpy_as_one_writes_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    console = pytest.importorskip("rich.console").Console(highlight=False, width=100)
+    from fusednorm.cli import demo
+
+    run = bench.run
+    monkeypatch.setattr(bench, "run", lambda cases, **options: run([replace(cases[0], shape=(4, 8, 9, 9))], **options))
+    forward, _ = demo._times(console, "cpu")
+    text = capsys.readouterr().out
+    ms = forward["ms"]["numpy"]["median"]
+    assert re.search(rf"^NumPy, float32, from the formulas +{ms:.1f} ", text, re.MULTILINE)
+    assert "float64" not in text
 
 
 @pytest.mark.parametrize("pass_", bench.PASSES)
@@ -203,6 +284,7 @@ def test_selftest_passes_on_every_instruction_set(capsys: pytest.CaptureFixture[
     assert main(["selftest", "--filter", "37x17-axis1-float"]) == 0
     text = capsys.readouterr().out
     assert "all passed" in text
+    assert "up to 1 it passes" in text
     assert all(isa in text for isa in _C.build_info()["isa_runnable"])
     assert _C.build_info()["isa"] == chosen
 
@@ -540,3 +622,36 @@ def test_normalization_lets_six_sigmoid_layers_learn(optimizer: str) -> None:
             accuracy[normalized] = last.accuracy
     assert accuracy[True] > 0.95
     assert accuracy[False] < 0.6
+
+
+def test_progress_is_one_line_of_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    progress("nobody sees this")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress("x" * 30)
+    progress()
+    assert capsys.readouterr().err == f"\r\x1b[K{'x' * 19}\r\x1b[K"
+
+
+def test_the_table_of_the_family_fits_100_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(__file__).parent.parent / "examples" / "family.py"
+    spec = importlib.util.spec_from_file_location("family_of_the_table", path)
+    assert spec
+    assert spec.loader
+    family = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, family)
+    spec.loader.exec_module(family)
+    first = ["ghost batch", "(16, 1, 24, 4096, 4096)", "3×16×24, 3×16×24, 16×24"]
+    times = ["1.2e-07", "10.00 ±1.00", "20.00 ±1.00", "12.00 ±1.00"]
+    rich = importlib.util.find_spec
+    for found in (rich, lambda name: None):
+        monkeypatch.setattr(importlib.util, "find_spec", found)
+        family.show("title", [[*first, "forward", *times], ["", "", "", "backward", *times]])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 100
+        assert all(any(text in line for line in lines) for text in first)

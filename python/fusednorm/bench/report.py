@@ -11,6 +11,14 @@ Row = Mapping[str, Any]
 
 CAPTION = "Medians; ± is half the distance between the 10th and the 90th percentile of the rounds."
 
+WITHOUT_TORCH = "PyTorch is not installed: nothing to compare with (pip install torch)"
+
+# Columns that a terminal too narrow for all of them does without, the first of them first.
+DISPENSABLE = (
+    *("reference/ours", "host native", "host ours", "CuPy/ours", "tensors moved", "compile/ours", "cuDNN/ours"),
+    *("copy ms", "copy µs", "ours ms", "ours µs", "torch/ours out=", "ours/copy"),
+)
+
 # Who must be slower than ours, on the CPU and on a GPU.
 _AGAINST = ("torch_out/ours_out", "torch/ours", "native/ours_out", "cudnn/ours_out", "compile/ours_out")
 _SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
@@ -99,7 +107,7 @@ def _reference(row: Row) -> str:
     if "reference" not in ms:
         return "–"
     times = ms["reference"]["median"] / ms["ours"]["median"]
-    return f"{times:.1f}" if times < 10 else f"{times:.0f}"
+    return f"{times:.{2 if times < 1 else 1 if times < 10 else 0}f}"
 
 
 def _ms(name: str) -> Callable[[Row], str]:
@@ -238,8 +246,11 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     if any(name in row["ratios"] for row in rows for name in _AGAINST):
         lines.append(f"{sum(map(loses, rows))} of {len(rows)} rows lost")
     elif rows:
-        absent = " (PyTorch is not installed)" if not results["environment"]["versions"].get("torch") else ""
-        lines.append(f"nobody else was timed{absent}, so this says nothing about who is faster")
+        lines.append(
+            "no other library was timed: nothing to compare with"
+            if results["environment"]["versions"].get("torch")
+            else WITHOUT_TORCH
+        )
     partly = sum(row["checked"][0] < row["checked"][1] for row in rows)
     some = f", {partly} of them on some of their channels or lines" if partly else ""
     lines.append(f"all rows checked against float64 before timing{some}")
@@ -254,12 +265,19 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     lines += [f"left out in some rows: {reason}" for reason in reasons]
     for key, text in (
         ("left_out", "were not measured"),
-        ("interrupted", "were not measured, because of Ctrl-C"),
         ("failed", "FAILED"),
     ):
         names = results.get(key, ())
         if names:
             lines.append(f"{len(names)} cases {text}, the first of them {names[0]}")
+    interrupted = results.get("interrupted", ())
+    if interrupted:
+        finished = (
+            len({(row["case"], row["pass"] == "eval") for row in rows})
+            + len(results["left_out"])
+            + len(results["failed"])
+        )
+        lines.append(f"stopped after {finished} of {finished + len(interrupted)} cases")
     return lines
 
 

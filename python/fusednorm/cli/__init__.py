@@ -14,12 +14,12 @@ from fusednorm.cli.extras import Missing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: a check failed; 2: a library or a GPU is missing, or there is nothing to do; 130: Ctrl-C. Arguments that
-    argparse refuses leave by SystemExit(2).
+    0: done; 1: a check failed; 2: a library or a GPU is missing, a file cannot be written, or there is nothing to do;
+    130: Ctrl-C. Arguments that argparse refuses, and none at all, leave by SystemExit(2).
     """
     parser = argparse.ArgumentParser(
         prog="fusednorm",
-        description="Batch normalization at the speed of memory. The commands show it, check it and time it on this "
+        description="Fused normalization kernels. The commands show them, check them and time them on this "
         "machine; `fusednorm COMMAND --help` tells more.",
     )
     parser.add_argument("--version", action="version", version=f"fusednorm {fusednorm.__version__}")

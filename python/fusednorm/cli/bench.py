@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusednorm import _C, bench
 from fusednorm.bench import report
-from fusednorm.cli.extras import Missing, add_device, positive, require, require_device, require_writable
+from fusednorm.cli.extras import (
+    Missing,
+    add_device,
+    positive,
+    progress,
+    require,
+    require_device,
+    require_writable,
+    writing,
+)
 from fusednorm.testing.cases import DTYPES, NORMS, Case
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def add(commands: Any) -> None:
@@ -39,7 +53,8 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="N,C,...",
-        help="this shape instead of the list, in the order N,C,H,W whatever the layout; may be given again",
+        help="this shape instead of the list, such as 8,64,56,56 or 8x64x56x56, in the order N,C,H,W whatever the "
+        "layout; may be given again",
     )
     parser.add_argument(
         "--peers",
@@ -54,7 +69,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--reference", action="store_true", help="CPU: time the float64 reference on large tensors")
     parser.add_argument("--compile", action="store_true", help="GPU: torch.compile for all cases, not only for some")
     parser.add_argument("--seconds", type=positive, metavar="N", help="begin no case after so long, and say so")
-    parser.add_argument("--json", metavar="FILE", help="write environment and rows there; -: print them")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write environment and rows there, folders made if missing; -: print them"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw it there: .png, .svg or .pdf")
     parser.add_argument("--from", dest="results", metavar="FILE", help="show the results in FILE instead of measuring")
     parser.add_argument("--compare", metavar="FILE", help="show the ratios to the copy in FILE beside each row")
@@ -90,9 +107,11 @@ def run(args: argparse.Namespace) -> int:
         require("bench", "bench", rich="rich")
     if args.plot:
         require("bench --plot", "bench", matplotlib="matplotlib")
-    if "torch" in (args.peers or ()) and not args.results:
-        require("bench --peers torch", "torch", torch="PyTorch")
-    for path in filter(None, (args.plot, None if printed else args.json)):
+    if "torch" in (args.peers or ()) and not args.results and not importlib.util.find_spec("torch"):
+        raise Missing(f"fusednorm bench: {report.WITHOUT_TORCH}")
+    file = Path(args.json) if args.json and not printed else None
+    figure = Path(args.plot) if args.plot else None
+    for path in filter(None, (file, figure)):
         require_writable("bench", path)
     earlier = _read(args.compare) if args.compare else None
     if args.results:
@@ -102,19 +121,20 @@ def run(args: argparse.Namespace) -> int:
         if not any(results[key] for key in ("rows", "left_out", "failed", "interrupted")):
             print("no benchmark case fits these options", file=sys.stderr)
             return 2
-    if args.json:
-        text = json.dumps(results, indent=1)
-        if printed:
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n")
-    if args.plot:
-        bench.plot(results, args.plot)
     shown = results if earlier is None else bench.beside(results, earlier)
     if args.markdown:
         print(bench.table(shown), end="")
     elif not printed:
         _show(shown)
+    text = json.dumps(results, indent=1)
+    if printed:
+        print(text)
+    if file:
+        with writing("bench", file):
+            file.write_text(text + "\n")
+    if figure:
+        with writing("bench", figure):
+            bench.plot(results, figure)
     if results.get("interrupted"):
         return 130
     return 1 if any(row["wrong"] for row in results["rows"]) or results.get("failed") else 0
@@ -141,20 +161,18 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         else bench.Gpu(args.device, compiles=args.compile)
     )
     passes = bench.PASSES if args.passes == "all" else (args.passes,)
-    terminal = sys.stderr.isatty()
-    clear = "\r\033[K"
     cores, load = os.cpu_count(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > report.busy_from(cores):
         print(f"this machine is busy: its load is {load:.1f} on {cores} cores; times will be too long", file=sys.stderr)
     start = time.perf_counter()
 
     def show(case: Case, pass_: str) -> None:
-        if terminal:
-            done = cases.index(case)
-            text = f"{done + 1}/{len(cases)} {case.name} {pass_}"
-            if done > 2:  # as a rule: the list is not in order of size
-                text += f", about {(time.perf_counter() - start) / done * (len(cases) - done) / 60:.1f} min left"
-            print(clear + text, end="", file=sys.stderr, flush=True)
+        done = cases.index(case)
+        left = ""
+        if done > 2:  # roughly: cases differ in size
+            seconds = (time.perf_counter() - start) / done * (len(cases) - done)
+            left = f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
+        progress(f"{done + 1}/{len(cases)}{left}: {case.name} {pass_}")
 
     chosen = _C.build_info()["isa"]
     try:
@@ -171,28 +189,52 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         )
     finally:
         _C.select_isa(chosen)
-        if terminal:
-            print(clear, end="", file=sys.stderr, flush=True)
+        progress()
 
 
 def _show(results: dict[str, Any]) -> None:
-    from rich import box
+    """One line a row: a terminal too narrow for all columns shows fewer, empty ones being the first to go."""
     from rich.console import Console
-    from rich.table import Table
 
-    # As wide as the table needs: broken lines are easier to read than cut numbers.
-    needed = (110 if "gpu" not in results["environment"] else 150) + 15 * any(
-        "before" in row for row in results["rows"]
-    )
-    console = Console(highlight=False, width=max(Console().width, needed))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=report.caption(results))
-    for i, column in enumerate(report.columns(results)):
-        table.add_column(column.replace(" ", "\n", 1), justify="right" if i > 1 else "left", no_wrap=i > 0)
-    for row in results["rows"]:
-        table.add_row(*report.cells(results, row), style="red" if report.loses(row) else None)
+    console = Console(highlight=False)
+    names = list(report.columns(results))
+    columns = zip(names, zip(*(report.cells(results, row) for row in results["rows"]), strict=True), strict=False)
+    dispensable = [*(name for name, cells in columns if set(cells) == {"–"}), *report.DISPENSABLE]
+    table, width = _table(results, names)
+    while console.is_terminal and width > console.width and dispensable:
+        name = dispensable.pop(0)
+        if name in names:
+            names.remove(name)
+            table, width = _table(results, names)
+    console.width = max(console.width, width)
     console.print(table)
+    hidden = [name for name in report.columns(results) if name not in names]
+    if hidden:
+        console.print(f"a wider terminal also shows {', '.join(hidden)}", style="dim")
     for line in report.summary(results):
         console.print(line)
     console.print()
     for name, text in report.where(results):
         console.print(f"{name:<16} {text}", style="dim")
+
+
+def _table(results: dict[str, Any], names: Sequence[str]) -> tuple[Table, int]:
+    """Some columns as a table, and the width that it needs. Only what is wrong with a row may take several lines."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = results["rows"]
+    labels = max((len(report.label(row)) for row in rows), default=0)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=report.caption(results))
+    for i, name in enumerate(names):
+        table.add_column(
+            name.replace(" ", "\n", 1),
+            justify="right" if i > 1 else "left",
+            no_wrap=i > 0,
+            width=max(labels, 40 if any(row["wrong"] for row in rows) else 0) if i == 0 else None,
+        )
+    for row in rows:
+        cells = dict(zip(report.columns(results), report.cells(results, row), strict=True))
+        table.add_row(*map(cells.__getitem__, names), style="red" if report.loses(row) else None)
+    return table, Console(width=1000).measure(table).maximum

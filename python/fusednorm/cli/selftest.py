@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import fusednorm
 from fusednorm import _C, arrays
-from fusednorm.cli.extras import add_device, require_device
+from fusednorm.cli.extras import add_device, installs, progress, require_device
 from fusednorm.testing import cases
 from fusednorm.testing.cases import Case, Deviation, Inputs, Outputs
 
@@ -109,15 +109,11 @@ def _part(deviation: Deviation) -> float:
 
 def _progress(chosen: Sequence[Case]) -> Iterable[Case]:
     """The cases, with a bar on standard error where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield from chosen
-        return
     for i, case in enumerate(chosen):
         if i % 10 == 0:
-            bar = "█" * (40 * i // len(chosen))
-            print(f"\r{bar:<40} {i:>4}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+            progress(f"{'█' * (40 * i // len(chosen)):<40} {i:>4}/{len(chosen)}")
         yield case
-    print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)
+    progress()
 
 
 def _show(worst: Worst, places: Sequence[str], failures: list[dict[str, Any]], checked: int, skipped: int) -> None:
@@ -137,5 +133,5 @@ def _show(worst: Worst, places: Sequence[str], failures: list[dict[str, Any]], c
     if len(failures) > 20:
         print(f"… and {len(failures) - 20} more")
     if skipped:
-        print(f"{skipped} cases were skipped: they need ml_dtypes, pip install 'fusednorm[bf16]'")
+        print(f"{skipped} cases were skipped: they need ml_dtypes, {installs('bf16')}")
     print(f"{checked} cases on {', '.join(places)}: {f'{len(failures)} results FAILED' if failures else 'all passed'}")

@@ -17,7 +17,7 @@ import fusednorm
 from fusednorm import arrays, bench
 from fusednorm.cli.demo import network
 from fusednorm.cli.demo.optimizers import OPTIMIZERS
-from fusednorm.cli.extras import Missing, add_device, positive, require, require_device, require_writable
+from fusednorm.cli.extras import add_device, positive, require, require_device, require_writable, writing
 from fusednorm.testing.cases import Array, Case, expected, make
 
 if TYPE_CHECKING:
@@ -44,7 +44,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--epochs", type=positive, default=EPOCHS, metavar="N", help=f"default: {EPOCHS}")
     parser.add_argument("--learning-rate", type=float, metavar="RATE", help="default: the optimizer's own")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and the held-out digits")
-    parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for the figure; default: here")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder for the figure, made if missing; default: here",
+    )
     parser.add_argument("--skip-timing", action="store_true", help="train only")
     parser.add_argument("--json", action="store_true", help="the figures as JSON; what is shown goes to standard error")
     parser.set_defaults(run=run)
@@ -58,10 +64,6 @@ def run(args: argparse.Namespace) -> int:
     from fusednorm.cli.demo import show
 
     path = args.output / "fusednorm-demo.png"
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Missing(f"fusednorm demo: cannot make {args.output}: {error.strerror}") from None
     require_writable("demo", path)
     console = Console(highlight=False, stderr=args.json)
     digits = load_digits(args.seed).to(args.device)
@@ -104,8 +106,6 @@ def run(args: argparse.Namespace) -> int:
     )
     times = [] if args.skip_timing else _times(console, args.device)
     errors = [] if args.skip_timing else _accuracy(console, args.device)
-    show.figure(histories, path)
-    console.print(f"Training curves: {path.resolve()}", soft_wrap=True)
     if args.json:
         trained = {
             title: {name: [epoch._asdict() for epoch in epochs] for name, epochs in pair.items()}
@@ -113,6 +113,9 @@ def run(args: argparse.Namespace) -> int:
         }
         found = {"build": fusednorm.build_info(), "device": args.device, "seed": args.seed, "training": trained}
         print(json.dumps(found | {"times": times, "errors": errors, "figure": str(path.resolve())}, indent=2))
+    with writing("demo", path):
+        show.figure(histories, path)
+    console.print(f"Training curves: {path.resolve()}", soft_wrap=True)
     return 0
 
 
@@ -159,7 +162,7 @@ def _times(console: Console, device: str) -> list[dict[str, Any]]:
         soft_wrap=True,
     )
     others = (
-        {"torch": "PyTorch", "numpy": "NumPy, from the formulas"}
+        {"torch": "PyTorch", "numpy": "NumPy, float32, from the formulas"}
         if cpu
         else {"native": "PyTorch", "cudnn": "PyTorch with cuDNN", "cupy": "CuPy, from the formulas"}
     )
