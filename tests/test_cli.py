@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -94,6 +95,15 @@ def test_a_missing_library_is_named_with_its_remedy(
         f"fusednorm {command} needs rich: pip install 'fusednorm[{command}]', or in a checkout pip install "
         f"'.[{command}]'\n"
     )
+
+
+@pytest.mark.parametrize(("module", "library"), [("torch", "PyTorch"), ("jax", "JAX")])
+def test_a_module_names_the_library_that_it_needs(module: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    monkeypatch.delitem(sys.modules, f"fusednorm.{module}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install 'fusednorm\[{module}\]'"):
+        importlib.import_module(f"fusednorm.{module}")
 
 
 def test_pytorch_as_a_peer_must_be_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,13 @@ each has gradients of weights, or statistics, of its own.
 
 from __future__ import annotations
 
+import importlib.util
+
+if importlib.util.find_spec("jax") is None:
+    raise ModuleNotFoundError(
+        "fusednorm.jax needs JAX: pip install 'fusednorm[jax]', or in a checkout pip install '.[jax]'", name="jax"
+    )
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

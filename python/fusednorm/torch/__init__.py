@@ -36,6 +36,14 @@ breaks the graph there; without a process group to share with it is an ordinary 
 training, because its buffers are not.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("torch") is None:
+    raise ModuleNotFoundError(
+        "fusednorm.torch needs PyTorch: pip install 'fusednorm[torch]', or in a checkout pip install '.[torch]'",
+        name="torch",
+    )
+
 from fusednorm.torch.distributed import SyncBatchNorm, convert_sync_batchnorm
 from fusednorm.torch.models import Report, convert, fold_batch_norm, revert
 from fusednorm.torch.modules import (
