@@ -1,4 +1,4 @@
-"""fusednorm: batch normalization and its family, forward and backward, at the speed of memory.
+"""fusednorm: batch normalization and its family, forward and backward, by fused kernels.
 
 Arrays in, arrays of the same kind, dtype and memory format out::
 
