@@ -17,8 +17,8 @@ from typing import Any
 
 import fusednorm as fn
 import numpy as np
-from fusednorm import bench, fold
-from fusednorm.cli.extras import installs, positive, progress
+from fusednorm import arrays, bench, fold
+from fusednorm.cli.extras import positive, progress
 from fusednorm.fold import Fold
 from fusednorm.testing import cases
 from fusednorm.testing.cases import Array, Case, Inputs
@@ -329,7 +329,7 @@ def main() -> int:
         progress()
         print(f"Figure: {args.output.resolve()}")
     else:
-        print(f"No figure: it needs matplotlib, {installs('demo')}")
+        print(f"No figure: it needs matplotlib, {arrays.installs('demo')}")
     return 0 if right else 1
 
 

@@ -111,11 +111,11 @@ def test_pytorch_as_a_peer_must_be_there(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
     arguments = ["bench", "--shape", "4x6x5x5", "--repeat", "1"]
     assert main([*arguments, "--peers", "torch"]) == 2
-    said = "PyTorch is not installed: nothing to compare with (pip install torch)"
+    said = "PyTorch is not installed: no other library to compare with (pip install torch)"
     assert capsys.readouterr().err == f"fusednorm bench: {said}\n"
     assert main([*arguments, "--json", "-"]) == 0
     results = json.loads(capsys.readouterr().out)
-    for version, line in ((None, said), ("2.9", "no other library was timed: nothing to compare with")):
+    for version, line in ((None, said), ("2.9", "no other library was timed")):
         results["environment"]["versions"]["torch"] = version
         assert line in bench.summary(results)
         assert not any("lost" in each for each in bench.summary(results))
@@ -187,8 +187,8 @@ def test_bench_says_that_a_machine_is_busy(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr("os.getloadavg", lambda: (1e3, 1e3, 1e3), raising=False)
     assert main(["bench", "--shape", "4,6", "--repeat", "1", "--peers", "none", "--markdown"]) == 0
     captured = capsys.readouterr()
-    assert captured.err.startswith("this machine is busy")
-    assert "the machine was busy (load 1000)" in captured.out
+    assert captured.err.startswith("the machine was busy (load 1000")
+    assert "the machine was busy (load 1000" in captured.out
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

@@ -14,7 +14,7 @@ from typing import Any
 import fusednorm
 import numpy as np
 import pytest
-from fusednorm import _C, bench
+from fusednorm import _C, arrays, bench
 from fusednorm.bench import gpu
 from fusednorm.bench.contenders import Torch
 from fusednorm.cli import main
@@ -62,7 +62,7 @@ def test_what_is_missing_is_said_in_one_line(
     monkeypatch.setattr(_C, "cuda_devices", lambda: 0)
     assert said("cuda") == refused.format("'cuda:0'", "no GPU was found")
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert said("cuda") == refused.format("'cuda:0'", "CuPy is not installed: pip install 'fusednorm[cuda]'")
+    assert said("cuda") == refused.format("'cuda:0'", f"CuPy is not installed: {arrays.installs('cuda')}")
 
 
 def test_bench_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,11 @@ def is_of_a_gpu(x: object) -> bool:
         return False
 
 
+def installs(extra: str) -> str:
+    """How to install an extra of this package, in words."""
+    return f"pip install 'fusednorm[{extra}]', or in a checkout pip install '.[{extra}]'"
+
+
 def missing_for_cuda() -> str:
     """What arrays of a GPU lack here, in words; empty where they can be used."""
     if not _C.cuda_built():
@@ -56,7 +61,7 @@ def missing_for_cuda() -> str:
     try:
         import_module("cupy")
     except ImportError:
-        return "CuPy is not installed: pip install 'fusednorm[cuda]'"
+        return f"CuPy is not installed: {installs('cuda')}"
     return ""
 
 

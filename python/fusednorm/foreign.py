@@ -37,7 +37,7 @@ def bfloat16() -> np.dtype[Any]:
     try:
         found: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
     except ImportError:
-        raise TypeError("bfloat16 needs ml_dtypes: pip install 'fusednorm[bf16]'") from None
+        raise TypeError(f"bfloat16 needs ml_dtypes: {arrays.installs('bf16')}") from None
     return found
 
 

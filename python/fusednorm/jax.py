@@ -32,10 +32,10 @@ from __future__ import annotations
 
 import importlib.util
 
+from fusednorm.arrays import installs
+
 if importlib.util.find_spec("jax") is None:
-    raise ModuleNotFoundError(
-        "fusednorm.jax needs JAX: pip install 'fusednorm[jax]', or in a checkout pip install '.[jax]'", name="jax"
-    )
+    raise ModuleNotFoundError(f"fusednorm.jax needs JAX: {installs('jax')}", name="jax")
 
 import math
 from collections.abc import Callable, Sequence

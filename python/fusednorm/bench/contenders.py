@@ -30,7 +30,7 @@ class Cpu:
 
     Attributes:
         ratios: which contenders' times are divided by which.
-        peers: the contenders besides ours and the copy, but NumPy.
+        peers: the contenders that may be chosen besides ours and the copy.
 
     Args:
         threads: of ours and of PyTorch; None: as many as ours has now.
@@ -79,8 +79,8 @@ class Cpu:
         """All that can compute one pass of a case.
 
         ``copy``; ``ours_out`` and ``torch_out`` into a ready array; ``ours`` and ``torch`` allocating their results, as
-        they are used; ``numpy`` and ``reference``. PyTorch is left out where it is not installed or has no
-        such operation.
+        they are used; ``numpy`` and ``reference``. PyTorch is left out where it is not installed or has no such
+        operation.
 
         Args:
             pass_: ``forward``, ``backward`` or ``eval``.
@@ -96,7 +96,7 @@ class Cpu:
         peer = torch_peer(case)
         if peer and importlib.util.find_spec("torch"):
             found += peer(case, inputs).contenders(pass_)
-        if self.with_numpy:
+        if self.with_numpy and has_formula(case):
             found.append(Contender("numpy", formula(np, case, inputs, pass_), _itself))
         if self.with_reference or (self.with_reference is None and case.size <= REFERENCE_ELEMENTS):
             found.append(_reference(case, inputs, pass_))
@@ -159,6 +159,10 @@ def _reference(case: Case, inputs: Inputs, pass_: str) -> Contender:
     inputs = replace(inputs, running_mean=mean, running_var=var)
     forward, backward = calls(case, inputs, reference)
     return Contender("reference", partial(backward, *forward()[1:]) if pass_ == "backward" else forward)
+
+
+def has_formula(case: Case) -> bool:
+    return case.norm == "batch" and case.ghost_batch_size is None and case.activation in (None, "relu")
 
 
 def formula(xp: Any, case: Case, inputs: Inputs, pass_: str) -> Callable[[], Array]:

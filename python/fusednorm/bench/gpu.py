@@ -30,7 +30,7 @@ import numpy as np
 
 import fusednorm
 from fusednorm import _C, arrays
-from fusednorm.bench.contenders import Torch, TorchBatch, compared, formula, ours, torch_peer
+from fusednorm.bench.contenders import Torch, TorchBatch, compared, formula, has_formula, ours, torch_peer
 from fusednorm.bench.timing import ROUNDS, Contender, interleaved, spread
 from fusednorm.testing import cases
 from fusednorm.testing.cases import Array, Case, Inputs
@@ -211,7 +211,7 @@ class Gpu:
             "ours_out": lambda: both[0],
             "ours": lambda: both[1],
         }
-        if case.norm == "batch" and case.ghost_batch_size is None:
+        if has_formula(case):
             makers["cupy"] = lambda: Contender("cupy", formula(self.cupy, case, inputs, pass_), lambda result: result)
         peer = torch_peer(case)
         if peer is None:

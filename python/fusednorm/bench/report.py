@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 CAPTION = "Medians; ± is half the distance between the 10th and the 90th percentile of the rounds."
 
-WITHOUT_TORCH = "PyTorch is not installed: nothing to compare with (pip install torch)"
+WITHOUT_TORCH = "PyTorch is not installed: no other library to compare with (pip install torch)"
 
 # Columns that a terminal too narrow for all of them does without, the first of them first.
 DISPENSABLE = (
@@ -246,27 +246,19 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     if any(name in row["ratios"] for row in rows for name in _AGAINST):
         lines.append(f"{sum(map(loses, rows))} of {len(rows)} rows lost")
     elif rows:
-        lines.append(
-            "no other library was timed: nothing to compare with"
-            if results["environment"]["versions"].get("torch")
-            else WITHOUT_TORCH
-        )
+        lines.append("no other library was timed" if results["environment"]["versions"].get("torch") else WITHOUT_TORCH)
     partly = sum(row["checked"][0] < row["checked"][1] for row in rows)
     some = f", {partly} of them on some of their channels or lines" if partly else ""
     lines.append(f"all rows checked against float64 before timing{some}")
-    busy = results["environment"].get("load_average")
-    if busy and busy[0] > busy_from(results["environment"]["cores"]):
-        lines.append(f"the machine was busy (load {busy[0]:g}): measure again when it is idle")
+    if busy(results["environment"]):
+        lines.append(busy(results["environment"]))
     eager = sorted({name for row in rows for name in row.get("eager", ())})
     if eager:
         count = sum(bool(row.get("eager")) for row in rows)
         lines.append(f"{', '.join(eager)} could not be recorded in {count} rows: timed call by call")
     reasons = dict.fromkeys(f"{name}: {why}" for row in rows for name, why in row.get("absent", {}).items())
     lines += [f"left out in some rows: {reason}" for reason in reasons]
-    for key, text in (
-        ("left_out", "were not measured"),
-        ("failed", "FAILED"),
-    ):
+    for key, text in (("left_out", "were not measured"), ("failed", "FAILED")):
         names = results.get(key, ())
         if names:
             lines.append(f"{len(names)} cases {text}, the first of them {names[0]}")
@@ -281,9 +273,12 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def busy_from(cores: int | None) -> float:
-    """The load average above which others take so much of the machine that times mean little."""
-    return (cores or 1) / 2
+def busy(environment: Mapping[str, Any]) -> str:
+    """A warning where others kept more than half of the cores busy before the run: times mean little then."""
+    load, cores = environment.get("load_average"), environment["cores"] or 1
+    if not load or load[0] <= cores / 2:
+        return ""
+    return f"the machine was busy (load {load[0]:g} on {cores} cores): times are too long, measure when it is idle"
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import re
 import sys
 import time
@@ -161,9 +160,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         else bench.Gpu(args.device, compiles=args.compile)
     )
     passes = bench.PASSES if args.passes == "all" else (args.passes,)
-    cores, load = os.cpu_count(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > report.busy_from(cores):
-        print(f"this machine is busy: its load is {load:.1f} on {cores} cores; times will be too long", file=sys.stderr)
+    warning = report.busy(bench.environment())
+    if warning:
+        print(warning, file=sys.stderr)
     start = time.perf_counter()
 
     def show(case: Case, pass_: str) -> None:

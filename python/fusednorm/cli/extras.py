@@ -29,12 +29,7 @@ def require(command: str, extra: str, **libraries: str) -> None:
     if missing:
         *others, last = missing
         names = f"{', '.join(others)} and {last}" if others else last
-        raise Missing(f"fusednorm {command} needs {names}: {installs(extra)}")
-
-
-def installs(extra: str) -> str:
-    """How to install an extra, from an index or from a checkout."""
-    return f"pip install 'fusednorm[{extra}]', or in a checkout pip install '.[{extra}]'"
+        raise Missing(f"fusednorm {command} needs {names}: {arrays.installs(extra)}")
 
 
 @contextmanager

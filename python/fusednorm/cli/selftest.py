@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import fusednorm
 from fusednorm import _C, arrays
-from fusednorm.cli.extras import add_device, installs, progress, require_device
+from fusednorm.cli.extras import add_device, progress, require_device
 from fusednorm.testing import cases
 from fusednorm.testing.cases import Case, Deviation, Inputs, Outputs
 
@@ -133,5 +133,5 @@ def _show(worst: Worst, places: Sequence[str], failures: list[dict[str, Any]], c
     if len(failures) > 20:
         print(f"… and {len(failures) - 20} more")
     if skipped:
-        print(f"{skipped} cases were skipped: they need ml_dtypes, {installs('bf16')}")
+        print(f"{skipped} cases were skipped: they need ml_dtypes, {arrays.installs('bf16')}")
     print(f"{checked} cases on {', '.join(places)}: {f'{len(failures)} results FAILED' if failures else 'all passed'}")

@@ -38,11 +38,10 @@ training, because its buffers are not.
 
 import importlib.util
 
+from fusednorm.arrays import installs
+
 if importlib.util.find_spec("torch") is None:
-    raise ModuleNotFoundError(
-        "fusednorm.torch needs PyTorch: pip install 'fusednorm[torch]', or in a checkout pip install '.[torch]'",
-        name="torch",
-    )
+    raise ModuleNotFoundError(f"fusednorm.torch needs PyTorch: {installs('torch')}", name="torch")
 
 from fusednorm.torch.distributed import SyncBatchNorm, convert_sync_batchnorm
 from fusednorm.torch.models import Report, convert, fold_batch_norm, revert
