@@ -9,72 +9,6 @@
 #include "cpu/simd.h"
 
 namespace fusednorm::cpu::FUSEDNORM_ISA {
-namespace {
-
-// A mask cuts a run of positions into stretches that count and stretches that do not: call(begin, length, counted).
-template <class Call>
-FN_INLINE void stretches(const uint8_t* mask, int64_t n, Call&& call) {
-  for (int64_t begin = 0, end; begin < n; begin = end) {
-    for (end = begin + 1; end < n && !mask[end] == !mask[begin]; ++end) {
-    }
-    call(begin, end - begin, mask[begin] != 0);
-  }
-}
-
-// The coefficients of a pack, one for each lane (Affine and GradAffine in core/).
-template <class T>
-struct PackAffine {
-  using V = Vector<Real<T>>;
-  using One = Affine<Real<T>>;
-  struct {
-    V hi, scale, shift;
-  } part[Pack<T>::parts];
-
-  template <class Lanes>
-  static FN_INLINE PackAffine of(Lanes&& lanes) {
-    PackAffine pack;
-    for (int p = 0; p < Pack<T>::parts; ++p)
-      pack.part[p] = {lanes(p, &One::hi), lanes(p, &One::scale), lanes(p, &One::shift)};
-    return pack;
-  }
-};
-template <class R>
-struct GradCoefficients {
-  R hi, rstd, scale, slope, shift;  // GradAffine
-  R pre_shift;                      // Affine's, for the activation's derivative; the scale is the same
-};
-template <class T>
-struct PackGrad {
-  using V = Vector<Real<T>>;
-  using One = GradCoefficients<Real<T>>;
-  struct {
-    V hi, rstd, scale, slope, shift, pre_shift;
-  } part[Pack<T>::parts];
-
-  template <class Lanes>
-  static FN_INLINE PackGrad of(Lanes&& lanes) {
-    PackGrad pack;
-    for (int p = 0; p < Pack<T>::parts; ++p)
-      pack.part[p] = {lanes(p, &One::hi),    lanes(p, &One::rstd),  lanes(p, &One::scale),
-                      lanes(p, &One::slope), lanes(p, &One::shift), lanes(p, &One::pre_shift)};
-    return pack;
-  }
-};
-// All lanes alike.
-template <class Coefficients>
-FN_INLINE Coefficients all_lanes(const typename Coefficients::One& one) {
-  using V = typename Coefficients::V;
-  return Coefficients::of([&](int, auto member) FN_LAMBDA { return V{} + one.*member; });
-}
-// `own` for the pack's first elements, `next` for the others.
-template <class T, class Coefficients>
-FN_INLINE Coefficients mixed_lanes(const typename Coefficients::One& own, const typename Coefficients::One& next,
-                                   Part first) {
-  using V = typename Coefficients::V;
-  return Coefficients::of([&](int part, auto member) FN_LAMBDA {
-    return Math::select(lanes_of<T>(part, first), V{} + own.*member, V{} + next.*member);
-  });
-}
 
 // `cell`: what a statistic and a channel have in common (core/fold.h); where `share` is 1, there is one a statistic.
 struct ForwardPass {
@@ -114,6 +48,12 @@ struct ForwardPass {
     affine(cell, 1, &one);
     return one;
   }
+};
+
+template <class R>
+struct GradCoefficients {
+  R hi, rstd, scale, slope, shift;  // GradAffine
+  R pre_shift;                      // Affine's, for the activation's derivative; the scale is the same
 };
 
 struct BackwardPass {
@@ -184,6 +124,68 @@ struct BackwardPass {
     return mean_of(s) - double(pivot<R>(mean_of(s), rstd[s]));
   }
 };
+
+namespace {
+
+// A mask cuts a run of positions into stretches that count and stretches that do not: call(begin, length, counted).
+template <class Call>
+FN_INLINE void stretches(const uint8_t* mask, int64_t n, Call&& call) {
+  for (int64_t begin = 0, end; begin < n; begin = end) {
+    for (end = begin + 1; end < n && !mask[end] == !mask[begin]; ++end) {
+    }
+    call(begin, end - begin, mask[begin] != 0);
+  }
+}
+
+// The coefficients of a pack, one for each lane (Affine and GradAffine in core/).
+template <class T>
+struct PackAffine {
+  using V = Vector<Real<T>>;
+  using One = Affine<Real<T>>;
+  struct {
+    V hi, scale, shift;
+  } part[Pack<T>::parts];
+
+  template <class Lanes>
+  static FN_INLINE PackAffine of(Lanes&& lanes) {
+    PackAffine pack;
+    for (int p = 0; p < Pack<T>::parts; ++p)
+      pack.part[p] = {lanes(p, &One::hi), lanes(p, &One::scale), lanes(p, &One::shift)};
+    return pack;
+  }
+};
+template <class T>
+struct PackGrad {
+  using V = Vector<Real<T>>;
+  using One = GradCoefficients<Real<T>>;
+  struct {
+    V hi, rstd, scale, slope, shift, pre_shift;
+  } part[Pack<T>::parts];
+
+  template <class Lanes>
+  static FN_INLINE PackGrad of(Lanes&& lanes) {
+    PackGrad pack;
+    for (int p = 0; p < Pack<T>::parts; ++p)
+      pack.part[p] = {lanes(p, &One::hi),    lanes(p, &One::rstd),  lanes(p, &One::scale),
+                      lanes(p, &One::slope), lanes(p, &One::shift), lanes(p, &One::pre_shift)};
+    return pack;
+  }
+};
+// All lanes alike.
+template <class Coefficients>
+FN_INLINE Coefficients all_lanes(const typename Coefficients::One& one) {
+  using V = typename Coefficients::V;
+  return Coefficients::of([&](int, auto member) FN_LAMBDA { return V{} + one.*member; });
+}
+// `own` for the pack's first elements, `next` for the others.
+template <class T, class Coefficients>
+FN_INLINE Coefficients mixed_lanes(const typename Coefficients::One& own, const typename Coefficients::One& next,
+                                   Part first) {
+  using V = typename Coefficients::V;
+  return Coefficients::of([&](int part, auto member) FN_LAMBDA {
+    return Math::select(lanes_of<T>(part, first), V{} + own.*member, V{} + next.*member);
+  });
+}
 
 // The epilogue as the loops see it: identity and ReLU known at compile time, any other activation a call for each
 // vector, so that the loops are compiled three times, not six.
