@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import nox
@@ -205,10 +206,12 @@ def build_verbs(session: nox.Session, flags: list[str], more: list[str], link: l
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     flags = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Icsrc", *isa, *warnings, *flags]
     objects = []
-    for source in [*(f"tests/sanitizers/{name}.cpp" for name in ("kernels", "verbs", "cpu", *more)),
-                   "csrc/cpu/host.cpp", "csrc/cpu/pool.cpp"]:  # fmt: skip
-        objects.append(str(build / f"{Path(source).stem}.o"))
-        session.run(gxx(session), *flags, "-fopenmp", "-c", source, "-o", objects[-1], external=True)
+    sources = [*(f"tests/sanitizers/{name}.cpp" for name in ("kernels", "verbs", "cpu", *more)),
+               "csrc/cpu/host.cpp", "csrc/cpu/pool.cpp"]  # fmt: skip
+    for source, *element in [*zip(sources), *product(sources[:1], ("f32", "f64", "f16", "bf16"))]:
+        objects.append(str(build / f"{Path(source).stem}{''.join(element)}.o"))
+        definition = [f"-DFUSEDNORM_DTYPE={dtype}" for dtype in element]
+        session.run(gxx(session), *flags, *definition, "-fopenmp", "-c", source, "-o", objects[-1], external=True)
     program = str(build / "verbs")
     session.run(gxx(session), *flags, *objects, *link, "-o", program, external=True)
     return program

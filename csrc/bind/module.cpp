@@ -14,6 +14,7 @@
 #include "core/cuda.h"
 #include "cpu/host.h"
 #include "cpu/isa.h"
+#include "cpu/levels.h"
 #include "cpu/pool.h"
 
 #if defined(_OPENMP)
@@ -413,6 +414,7 @@ py::dict build_info() {
   info["isa_built"] = built;
   info["isa_runnable"] = runnable;
   info["isa"] = cpu::backend().name;
+  info["isa_best"] = cpu::best_level();
 #if defined(_OPENMP)
   info["openmp"] = _OPENMP;
 #else

@@ -10,6 +10,8 @@ namespace fusednorm {
 
 enum class DType : uint8_t { f32, f64, f16, bf16 };
 
+using f32 = float;
+using f64 = double;
 struct f16 {
   uint16_t bits;
 };

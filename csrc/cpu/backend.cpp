@@ -1,7 +1,7 @@
-// The CPU's table of verbs. Compiled once per instruction set, each time into its own namespace FUSEDNORM_ISA.
-#include "cpu/columns.h"
-#include "cpu/lines.h"
-#include "cpu/rows.h"
+// The CPU's table of verbs: what each asks of the two passes. Compiled once per instruction set, each time into its own
+// namespace FUSEDNORM_ISA; the loop nests are compiled beside it (nests.cpp).
+#include "cpu/nests.h"
+#include "cpu/team.h"
 
 #define FN_STRING(x) #x
 #define FN_NAME(x) FN_STRING(x)
@@ -9,54 +9,34 @@
 namespace fusednorm::cpu::FUSEDNORM_ISA {
 namespace {
 
-// Only the loops that a pass needs are compiled: statistics alone know no epilogue.
-void run(const ForwardPass& pass, const EpilogueArgs& epilogue) {
-  with_dtype(pass.x.dtype, [&](auto element) {
-    using T = decltype(element);
-    const auto with = [&](const auto& e) {
-      if (pass.fold.is_columns())
-        forward_columns(e, pass);
-      else
-        forward_rows(e, pass);
-    };
-    with_epilogue<T>(epilogue, with);
-  });
-}
-
-void run(const BackwardPass& pass, EpilogueArgs epilogue) {
-  // Without an activation u is dy: the residual need not be read.
-  if (epilogue.activation == Activation::identity) epilogue.residual = Array();
-  with_dtype(pass.x.dtype, [&](auto element) {
-    using T = decltype(element);
-    with_epilogue<T>(epilogue, [&](const auto& e) {
-      if (pass.fold.is_columns())
-        backward_columns(e, pass);
-      else
-        backward_rows(e, pass);
-    });
-  });
+const Nests& nests(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return nests_f32;
+    case DType::f64: return nests_f64;
+    case DType::f16: return nests_f16;
+    case DType::bf16: break;
+  }
+  return nests_bf16;
 }
 
 // Whether the loops of lines.h do it, which are quicker than columns and know neither masks nor epilogues.
-bool as_lines(const Fold& f, const uint8_t* mask, const EpilogueArgs& epilogue) {
-  return f.is_lines() && !mask && !epilogue.residual && epilogue.activation == Activation::identity;
+template <class Pass>
+bool as_lines(const Pass& pass) {
+  return pass.fold.is_lines() && !pass.mask && !pass.epilogue.residual &&
+         pass.epilogue.activation == Activation::identity;
 }
-void run_lines(const ForwardPass& pass, double* mean, double* rstd) {
-  with_dtype(pass.x.dtype, [&](auto element) { forward_lines<decltype(element)>(pass, mean, rstd); });
-}
-void run_lines(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
-  with_dtype(pass.x.dtype, [&](auto element) { backward_lines<decltype(element)>(pass, dweight, dbias); });
+// Of lines, `mean` and `rstd` are out, as the nests have them; of others pass.found says them.
+void run(const ForwardPass& pass, double* mean = nullptr, double* rstd = nullptr) {
+  const Nests& nest = nests(pass.x.dtype);
+  as_lines(pass) ? nest.forward_lines(pass, mean, rstd) : nest.forward(pass);
 }
 
 void moments(const MomentsArgs& a) {
   const int64_t s = a.fold.statistics();
   Scratch<Moments> found(s);
   for (int64_t i = 0; i < s; ++i) found[i] = Moments();
-  const ForwardPass pass{a.fold, a.x, {}, {}, {}, a.mask, nullptr, nullptr, found.get(), a.center, 0};
-  if (a.fold.size() > 0 && as_lines(a.fold, a.mask, {}))
-    run_lines(pass, nullptr, nullptr);
-  else if (a.fold.size() > 0)
-    run(pass, {});
+  if (a.fold.size() > 0)
+    run(ForwardPass{.fold = a.fold, .x = a.x, .mask = a.mask, .found = found.get(), .center = a.center});
   for (int64_t i = 0; i < s; ++i) {
     a.count[i] = found[i].n;
     a.mean[i] = found[i].mean;
@@ -80,9 +60,14 @@ void merge(const MergeArgs& a) {
 
 void normalize(const NormalizeArgs& a) {
   if (a.fold.size() == 0) return;
-  const ForwardPass pass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, a.mean, a.rstd, nullptr, true, 0};
-  if (as_lines(a.fold, nullptr, a.epilogue)) return run_lines(pass, nullptr, nullptr);
-  run(pass, a.epilogue);
+  run(ForwardPass{.fold = a.fold,
+                  .x = a.x,
+                  .weight = a.weight,
+                  .bias = a.bias,
+                  .y = a.y,
+                  .epilogue = a.epilogue,
+                  .given_mean = a.mean,
+                  .given_rstd = a.rstd});
 }
 
 void forward(const ForwardArgs& a) {
@@ -101,16 +86,22 @@ void forward(const ForwardArgs& a) {
     }
     return;
   }
-  if (as_lines(a.fold, a.mask, a.epilogue))
-    return run_lines(
-        ForwardPass{a.fold, a.x, a.weight, a.bias, a.y, nullptr, nullptr, nullptr, nullptr, bool(a.mean), a.eps},
-        a.mean, a.rstd);
-  Scratch<Moments> found(s);
+  ForwardPass pass{.fold = a.fold,
+                   .x = a.x,
+                   .weight = a.weight,
+                   .bias = a.bias,
+                   .y = a.y,
+                   .epilogue = a.epilogue,
+                   .mask = a.mask,
+                   .center = bool(a.mean),
+                   .eps = a.eps};
+  if (as_lines(pass)) return run(pass, a.mean, a.rstd);
+  const Scratch<Moments> found(s);
+  pass.found = found.get();
   // float64 in place: y must not be written before it is known that no variance overflowed.
   const bool twice = a.x.dtype == DType::f64 && a.x.data == a.y.data;
-  const ForwardPass pass{a.fold,  a.x,         a.weight,     a.bias, twice ? Array() : a.y, a.mask, nullptr,
-                         nullptr, found.get(), bool(a.mean), a.eps};
-  run(pass, a.epilogue);
+  if (twice) pass.y = {};
+  run(pass);
   bool again = twice;
   for (int64_t i = 0; i < s; ++i) {
     if (a.mean) a.mean[i] = pass.mean(i);
@@ -150,12 +141,16 @@ void clear_gradients(const Fold& f, const Array& dweight, const Array& dbias) {
   }
 }
 
-// Of a pass with s12, but without cells as yet.
-void run_sums(BackwardPass pass, const EpilogueArgs& epilogue, const Array& dweight, const Array& dbias) {
-  if (as_lines(pass.fold, pass.mask, epilogue)) return run_lines(pass, dweight, dbias);
+// With s12 the gradients of the parameters are taken as well; cells are given room here.
+void run(BackwardPass pass, const Array& dweight = {}, const Array& dbias = {}) {
+  const Nests& nest = nests(pass.x.dtype);
+  if (as_lines(pass)) return nest.backward_lines(pass, dweight, dbias);
+  // Without an activation u is dy: the residual need not be read.
+  if (!pass.needs_pre()) pass.epilogue.residual = {};
+  if (!pass.s12) return nest.backward(pass);
   const Scratch<GradSums> found(pass.fold.cells().statistics());
   pass.found = found.get();
-  run(pass, epilogue);
+  nest.backward(pass);
   parameter_gradients(pass, dweight, dbias);
 }
 
@@ -167,9 +162,17 @@ void grad_sums(const GradSumsArgs& a) {
     return clear_gradients(f, a.dweight, a.dbias);
   }
   const Scratch<GradSums> s12(s);
-  const BackwardPass pass{f,         a.dy,    a.x,     a.mean, a.rstd,  a.weight, a.bias, nullptr,
-                          s12.get(), nullptr, nullptr, true,   nullptr, nullptr,  {},     {}};
-  run_sums(pass, a.epilogue, a.dweight, a.dbias);
+  run(BackwardPass{.fold = f,
+                   .dy = a.dy,
+                   .x = a.x,
+                   .mean = a.mean,
+                   .rstd = a.rstd,
+                   .weight = a.weight,
+                   .bias = a.bias,
+                   .epilogue = a.epilogue,
+                   .s12 = s12.get(),
+                   .constant = true},
+      a.dweight, a.dbias);
   for (int64_t i = 0; i < s; ++i) {
     a.s1[i] = s12[i].u;
     a.s2[i] = s12[i].uz;
@@ -178,10 +181,20 @@ void grad_sums(const GradSumsArgs& a) {
 
 void grad_input(const GradInputArgs& a) {
   if (a.fold.size() == 0) return;
-  const BackwardPass pass{a.fold,  a.dy, a.x,  a.mean,         a.rstd, a.weight, a.bias, nullptr,
-                          nullptr, a.cx, a.c0, !a.cx && !a.c0, a.mask, nullptr,  a.dx,   a.dresidual};
-  if (as_lines(a.fold, a.mask, a.epilogue)) return run_lines(pass, {}, {});
-  run(pass, a.epilogue);
+  run(BackwardPass{.fold = a.fold,
+                   .dy = a.dy,
+                   .x = a.x,
+                   .mean = a.mean,
+                   .rstd = a.rstd,
+                   .weight = a.weight,
+                   .bias = a.bias,
+                   .epilogue = a.epilogue,
+                   .cx = a.cx,
+                   .c0 = a.c0,
+                   .constant = !a.cx && !a.c0,
+                   .mask = a.mask,
+                   .dx = a.dx,
+                   .dresidual = a.dresidual});
 }
 
 void backward(const BackwardArgs& a) {
@@ -193,9 +206,21 @@ void backward(const BackwardArgs& a) {
     counted[b] = 0;
     for (int64_t i = 0; i < positions; ++i) counted[b] += a.mask[b * positions + i] != 0;
   }
-  const BackwardPass pass{a.fold,    a.dy,    a.x,     a.mean,     a.rstd, a.weight,      a.bias, nullptr,
-                          s12.get(), nullptr, nullptr, a.constant, a.mask, counted.get(), a.dx,   a.dresidual};
-  run_sums(pass, a.epilogue, a.dweight, a.dbias);
+  run(BackwardPass{.fold = a.fold,
+                   .dy = a.dy,
+                   .x = a.x,
+                   .mean = a.mean,
+                   .rstd = a.rstd,
+                   .weight = a.weight,
+                   .bias = a.bias,
+                   .epilogue = a.epilogue,
+                   .s12 = s12.get(),
+                   .constant = a.constant,
+                   .mask = a.mask,
+                   .counted = counted.get(),
+                   .dx = a.dx,
+                   .dresidual = a.dresidual},
+      a.dweight, a.dbias);
 }
 
 void copy(const CopyArgs& a) {

@@ -332,8 +332,9 @@ FN_INLINE void fill_lanes(const ColumnShape<T>& shape, int64_t turn, int64_t beg
 
 FN_INLINE void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + kAheadBytes); }
 
-template <bool kStream, class E, class T>
-[[gnu::noinline]] void apply_block(const E& e, const T* x, T* y, const Block& block, const PackAffine<T>* a) {
+template <bool kStream, class E, class T = typename E::Element>
+void apply_block(const Epilogue<T>& epilogue, const T* x, T* y, const Block& block, const PackAffine<T>* a) {
+  const E e(epilogue);
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t row = block.offset + r * block.stride;
     across<T>(block.columns, [&](int64_t j, int64_t index, auto there) FN_LAMBDA {
@@ -353,9 +354,10 @@ struct PanelGradSums {
   }
 };
 
-template <class E, class T>
-[[gnu::noinline]] void add_grad_chunk(const E& e, const T* dy, const T* x, const Block& block, const PackGrad<T>* g,
-                                      PanelGradSums<T>& tile) {
+template <class E, class T = typename E::Element>
+void add_grad_block(const Epilogue<T>& epilogue, const T* dy, const T* x, const Block& block, const PackGrad<T>* g,
+                    PanelGradSums<T>& tile) {
+  const E e(epilogue);
   using V = typename E::V;
   constexpr int parts = Pack<T>::parts, wide = kWide<Real<T>>;
   PanelSums<T> sum(block.columns), product(block.columns);
@@ -389,9 +391,10 @@ template <class E, class T>
   });
 }
 
-template <bool kConstant, bool kStream, class E, class T>
-[[gnu::noinline]] void grad_block(const E& e, const T* dy, const T* x, const GradOut<T>& out, const Block& block,
-                                  const PackGrad<T>* g) {
+template <bool kConstant, bool kStream, class E, class T = typename E::Element>
+void grad_block(const Epilogue<T>& epilogue, const T* dy, const T* x, const GradOut<T>& out, const Block& block,
+                const PackGrad<T>* g) {
+  const E e(epilogue);
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t row = block.offset + r * block.stride;
     across<T>(block.columns, [&](int64_t j, int64_t index, auto there) FN_LAMBDA {
@@ -401,6 +404,31 @@ template <bool kConstant, bool kStream, class E, class T>
     });
   }
 }
+
+// The loops that know an epilogue (loops_for), [streamed], [constant][streamed].
+template <class T>
+struct ForwardColumnLoops {
+  using Element = T;
+  using Any = KnownEpilogue<T, Kind::any, true>;
+  static constexpr bool kBackward = false;
+  decltype(&apply_block<false, Any>) block[2];
+
+  template <class E>
+  static constexpr ForwardColumnLoops of{{apply_block<false, E>, apply_block<true, E>}};
+};
+template <class T>
+struct BackwardColumnLoops {
+  using Element = T;
+  using Any = KnownEpilogue<T, Kind::any, true>;
+  static constexpr bool kBackward = true;
+  decltype(&add_grad_block<Any>) add_block;
+  decltype(&grad_block<false, false, Any>) block[2][2];
+
+  template <class E>
+  static constexpr BackwardColumnLoops of{add_grad_block<E>,
+                                          {{grad_block<false, false, E>, grad_block<false, true, E>},
+                                           {grad_block<true, false, E>, grad_block<true, true, E>}}};
+};
 
 // What is written, as memory lies: a batch entry is contiguous and its coefficients repeat every `columns` elements,
 // from any element on. So its rows are taken to begin at `head`, the first element that a register can be streamed to;
@@ -542,10 +570,11 @@ FN_INLINE void by_entries(int threads, int64_t entries, Body&& body) {
   });
 }
 
-template <class E>
-void forward_columns(const E& e, const ForwardPass& pass) {
-  using T = typename E::Element;
+template <class T>
+void forward_columns(const ForwardPass& pass) {
   using R = Real<T>;
+  const Epilogue<T> e(pass.epilogue);
+  const auto& loops = loops_for<ForwardColumnLoops<T>>(pass.epilogue);
   const Fold f = pass.fold.cells();
   const ColumnShape<T> shape(f, pass.mask);
   const ColumnTasks<T> tasks(shape, pass.share);
@@ -610,12 +639,11 @@ void forward_columns(const E& e, const ForwardPass& pass) {
         });
   };
   const auto write_block = [&](int64_t b, const Block& block, bool past) {
-    const PackAffine<T>* a = coefficients.get() + b * registers;
-    past ? apply_block<true>(e, x, y, block, a) : apply_block<false>(e, x, y, block, a);
+    loops.block[past](e, x, y, block, coefficients.get() + b * registers);
   };
   const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
     const auto a = all_lanes<PackAffine<T>>(pass.affine<R>(b * f.groups + c));
-    apply_block<false>(e, x, y, Block{i, 1, 1, 1}, &a);
+    loops.block[false](e, x, y, Block{i, 1, 1, 1}, &a);
   };
 
   const auto sum_block = [&](int64_t i) {
@@ -644,10 +672,11 @@ void forward_columns(const E& e, const ForwardPass& pass) {
   });
 }
 
-template <class E>
-void backward_columns(const E& e, const BackwardPass& pass) {
-  using T = typename E::Element;
+template <class T>
+void backward_columns(const BackwardPass& pass) {
   using R = Real<T>;
+  const Epilogue<T> e(pass.epilogue);
+  const auto& loops = loops_for<BackwardColumnLoops<T>>(pass.epilogue);
   const Fold f = pass.fold.cells();
   const ColumnShape<T> shape(f, pass.mask);
   const ColumnTasks<T> tasks(shape, pass.share);
@@ -669,7 +698,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     fill_lanes(
         shape, turn, at.begin, at.end, own.get() + at.b * f.groups,
         [&](int64_t c, int64_t count, GradCoefficients<R>* to) {
-          pass.template coefficients<E>(at.b * f.groups + c, count, sums_only, to);
+          pass.coefficients(at.b * f.groups + c, count, sums_only, to);
         },
         [&](int64_t index, int part, int lane, const GradCoefficients<R>& one) {
           auto& to = g[index].part[part];
@@ -702,10 +731,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
   };
   const auto write = [&](const Block& block, const PackGrad<T>* g, bool past) {
     const auto write_rows = [&](const Block& some, bool corrected) {
-      if (corrected)
-        past ? grad_block<false, true>(e, dy, x, out, some, g) : grad_block<false, false>(e, dy, x, out, some, g);
-      else
-        past ? grad_block<true, true>(e, dy, x, out, some, g) : grad_block<true, false>(e, dy, x, out, some, g);
+      loops.block[!corrected][past](e, dy, x, out, some, g);
     };
     if (!pass.mask || pass.constant) return write_rows(block, !pass.constant);
     counted_rows(pass.mask, block, write_rows);
@@ -714,7 +740,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     write(block, coefficients.get() + b * registers, past);
   };
   const auto write_element = [&](int64_t b, int64_t i, int64_t c) {
-    const auto g = all_lanes<PackGrad<T>>(pass.template coefficients<E>(b * f.groups + c));
+    const auto g = all_lanes<PackGrad<T>>(pass.template coefficients<R>(b * f.groups + c));
     write(Block{i, 1, 1, 1}, &g, false);
   };
 
@@ -724,7 +750,7 @@ void backward_columns(const E& e, const BackwardPass& pass) {
     const PackGrad<T>* g = sum_coefficients.get() + at.b * registers + at.panel * shape.panel / Pack<T>::width;
     PanelGradSums<T> panel(at.block.columns);
     chunks_of(at.block, [&](const Block& chunk) {
-      add_grad_chunk(e, dy, x, chunk, g, panel);
+      loops.add_block(e, dy, x, chunk, g, panel);
       if (at_once) write(chunk, g, false);
     });
     const int64_t to = (at.b * tiles + at.tile) * shape.columns + at.panel * shape.panel;

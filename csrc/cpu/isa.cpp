@@ -4,9 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "cpu/levels.h"
 
 namespace fusednorm::cpu {
 
@@ -19,29 +17,6 @@ FUSEDNORM_ISA_LIST
 #undef X
 
 namespace {
-
-#if defined(__x86_64__)
-bool has_f16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
-#endif
-
-bool runs_here(const std::string& name) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
-  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi2") && has_f16c();
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
-  if (name == "v4") return v4;
-  if (name == "v3") return v3;
-  if (name == "v2") return v2;
-#endif
-  return name == "baseline";
-}
 
 const Backend* choose(const std::string& name) {
   std::string built, runnable;

@@ -138,7 +138,6 @@ struct LineShape {
   }
 };
 
-// `mean`, `rstd`: out [S], each may be null.
 template <class T>
 void forward_lines(const ForwardPass& pass, double* mean, double* rstd) {
   const Fold& f = pass.fold;
@@ -258,9 +257,8 @@ template <class T>
   });
 }
 
-// `dweight`, `dbias`: out [C], not used without pass.s12.
 template <class T>
-void backward_lines(const BackwardPass& pass, Array dweight, Array dbias) {
+void backward_lines(const BackwardPass& pass, const Array& dweight, const Array& dbias) {
   using R = Real<T>;
   const Fold& f = pass.fold;
   const LineShape shape(f);

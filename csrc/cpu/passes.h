@@ -13,12 +13,13 @@ namespace fusednorm::cpu::FUSEDNORM_ISA {
 // `cell`: what a statistic and a channel have in common (core/fold.h); where `share` is 1, there is one a statistic.
 struct ForwardPass {
   Fold fold;
-  Array x, weight, bias, y;               // no y: statistics only
-  const uint8_t* mask;                    // of the statistics
-  const double *given_mean, *given_rstd;  // no rstd: taken from x; no mean: 0
-  Moments* found;                         // [S] out, unless given
-  bool center;
-  double eps;
+  Array x, weight = {}, bias = {}, y = {};  // no y: statistics only
+  EpilogueArgs epilogue = {};
+  const uint8_t* mask = nullptr;                              // of the statistics
+  const double *given_mean = nullptr, *given_rstd = nullptr;  // no rstd: taken from x; no mean: 0
+  Moments* found = nullptr;                                   // [S] out, unless given
+  bool center = true;
+  double eps = 0;
   int64_t share = fold.share(), channels = fold.channels();
 
   FN_INLINE bool takes_statistics() const { return !given_rstd; }
@@ -60,13 +61,14 @@ struct BackwardPass {
   Fold fold;
   Array dy, x;
   const double *mean, *rstd;  // no mean: 0, and no constant
-  Array weight, bias;
-  GradSums *found, *s12;  // out: Σu, Σu·z [cells] and Σw·u, Σw·u·x̂ [S]; null: not taken
-  const double *cx, *c0;  // [S]; null: from the sums (batch statistics), unless constant
-  bool constant;
-  const uint8_t* mask;    // where cx and c0 apply
-  const double* counted;  // [batch]: positions that the mask counts; null: all
-  Array dx, dresidual;    // no dx: sums only
+  Array weight = {}, bias = {};
+  EpilogueArgs epilogue = {};
+  GradSums *found = nullptr, *s12 = nullptr;  // out: Σu, Σu·z [cells] and Σw·u, Σw·u·x̂ [S]; null: not taken
+  const double *cx = nullptr, *c0 = nullptr;  // [S]; null: from the sums (batch statistics), unless constant
+  bool constant = false;
+  const uint8_t* mask = nullptr;    // where cx and c0 apply
+  const double* counted = nullptr;  // [batch]: positions that the mask counts; null: all
+  Array dx = {}, dresidual = {};    // no dx: sums only
   int64_t share = fold.share(), channels = fold.channels();
 
   // Between the sweeps: the sums over `count` statistics from number `first` on, of those of their cells.
@@ -85,8 +87,10 @@ struct BackwardPass {
     }
   }
 
-  // Of `count` cells from number `cell` on, for epilogue E. `sums_only`: without what follows from the sums.
-  template <class E, class R = Real<typename E::Element>>
+  // The pre-activation is recomputed, for the activation's derivative.
+  FN_INLINE bool needs_pre() const { return epilogue.activation != Activation::identity; }
+  // Of `count` cells from number `cell` on. `sums_only`: without what follows from the sums.
+  template <class R>
   FN_INLINE void coefficients(int64_t cell, int64_t count, bool sums_only, GradCoefficients<R>* to) const {
     int64_t s = cell / share, left = share - cell % share, c = cell % channels;
     for (int64_t k = 0; k < count; ++s, left = share) {
@@ -102,20 +106,20 @@ struct BackwardPass {
       const GradAffine<R> g = fusednorm::grad_affine<R>(mean_of(s), rstd[s], 1, x_hat, one);
       for (; left > 0 && k < count; --left, ++k) {
         to[k] = {g.hi, g.rstd, 0, g.slope, g.shift, 0};
-        if (E::kNeedsPre || !sums_only) {
+        if (needs_pre() || !sums_only) {
           const Affine<R> a =
-              fusednorm::affine<R>(mean_of(s), rstd[s], weight.get_or(c, 1), E::kNeedsPre ? bias.get_or(c, 0) : 0);
+              fusednorm::affine<R>(mean_of(s), rstd[s], weight.get_or(c, 1), needs_pre() ? bias.get_or(c, 0) : 0);
           to[k].scale = a.scale;
-          if (E::kNeedsPre) to[k].pre_shift = a.shift;
+          if (needs_pre()) to[k].pre_shift = a.shift;
         }
         if (++c == channels) c = 0;
       }
     }
   }
-  template <class E>
-  FN_INLINE auto coefficients(int64_t cell, bool sums_only = false) const {
-    GradCoefficients<Real<typename E::Element>> one;
-    coefficients<E>(cell, 1, sums_only, &one);
+  template <class R>
+  FN_INLINE GradCoefficients<R> coefficients(int64_t cell, bool sums_only = false) const {
+    GradCoefficients<R> one;
+    coefficients(cell, 1, sums_only, &one);
     return one;
   }
   FN_INLINE double mean_of(int64_t s) const { return mean ? mean[s] : 0; }
@@ -187,8 +191,25 @@ FN_INLINE Coefficients mixed_lanes(const typename Coefficients::One& own, const 
   });
 }
 
-// The epilogue as the loops see it: identity and ReLU known at compile time, any other activation a call for each
-// vector, so that the loops are compiled three times, not six.
+// The epilogue as the drivers of the loops see it. `residual` may be null.
+template <class T>
+struct Epilogue {
+  Activation activation;
+  Real<T> slope;
+  const T* residual;
+
+  explicit Epilogue(const EpilogueArgs& e)
+      : activation(e.activation), slope(Real<T>(e.slope)), residual(e.residual.template as<const T>()) {}
+  // For pointers that are moved on by `offset` elements.
+  FN_INLINE Epilogue at(int64_t offset) const {
+    Epilogue moved = *this;
+    if (residual) moved.residual += offset;
+    return moved;
+  }
+};
+
+// And as the loops do: what there is to compute for a vector, known when they are compiled where that pays. `any` finds
+// out for each vector, and calls for what is neither identity nor ReLU.
 enum class Kind { identity, relu, any };
 
 template <class V, class R>
@@ -201,39 +222,63 @@ template <class V, class R>
 }
 
 template <class T, Kind kKind, bool kResidual>
-struct Epilogue {
+struct KnownEpilogue : Epilogue<T> {
   using Element = T;
   using V = Vector<Real<T>>;
   static constexpr bool kNeedsPre = kKind != Kind::identity;  // for the derivative
-  Activation activation;
-  Real<T> slope;
-  const T* residual;
 
-  // For pointers that are moved on by `offset` elements.
-  FN_INLINE Epilogue at(int64_t offset) const { return {activation, slope, kResidual ? residual + offset : nullptr}; }
+  FN_INLINE explicit KnownEpilogue(const Epilogue<T>& e) : Epilogue<T>(e) {}
 
+  FN_INLINE bool has_residual() const { return kKind == Kind::any ? this->residual != nullptr : kResidual; }
   template <class There>
   FN_INLINE Lanes<T> load_residual(int64_t i, There there) const {
-    if constexpr (kResidual) return load(residual + i, there);
+    if (has_residual()) return load(this->residual + i, there);
     return {};
   }
   // The same operations in the same order wherever pre is needed.
   FN_INLINE V pre(V centered, V scale, V shift, V added) const {
     const V p = fma(centered, scale, shift);
-    if constexpr (kResidual) return p + added;
-    return p;
+    return has_residual() ? p + added : p;
   }
   FN_INLINE V value(V p) const {
-    if constexpr (kKind == Kind::relu) return relu<Math>(p);
-    if constexpr (kKind == Kind::any) return activate_any(activation, slope, p);
-    return p;
+    if constexpr (kKind == Kind::identity) return p;
+    if (kKind == Kind::relu || this->activation == Activation::relu) return relu<Math>(p);
+    return this->activation == Activation::identity ? p : activate_any(this->activation, this->slope, p);
   }
   FN_INLINE V gradient(V dy, V p) const {
-    if constexpr (kKind == Kind::relu) return relu_gradient<Math>(dy, p);
-    if constexpr (kKind == Kind::any) return activation_gradient_any(activation, slope, dy, p);
-    return dy;
+    if constexpr (kKind == Kind::identity) return dy;
+    if (kKind == Kind::relu || this->activation == Activation::relu) return relu_gradient<Math>(dy, p);
+    return activation_gradient_any(this->activation, this->slope, dy, p);
   }
 };
+
+// Loops are reached through a table for each epilogue, so that what drives them is compiled once. float64, whose loops
+// wait for twice as much memory, and the instruction set that only has to run have fewer.
+//
+// Loops: a table for elements T; `of<E>`, the one for a KnownEpilogue; kBackward, where a residual plays no part without
+// an activation.
+#if defined(FUSEDNORM_GENERIC)
+template <class T>
+constexpr bool kFewEpilogues = true;
+#else
+template <class T>
+constexpr bool kFewEpilogues = sizeof(T) == 8;
+#endif
+template <class Loops>
+const Loops& loops_for(const EpilogueArgs& e) {
+  using T = typename Loops::Element;
+  const bool is_plain = e.activation == Activation::identity;
+  if (is_plain && (Loops::kBackward || !e.residual)) return Loops::template of<KnownEpilogue<T, Kind::identity, false>>;
+  if constexpr (!kFewEpilogues<T>) {
+    if constexpr (!Loops::kBackward)
+      if (is_plain) return Loops::template of<KnownEpilogue<T, Kind::identity, true>>;
+    if (e.activation == Activation::relu) {
+      if (e.residual) return Loops::template of<KnownEpilogue<T, Kind::relu, true>>;
+      return Loops::template of<KnownEpilogue<T, Kind::relu, false>>;
+    }
+  }
+  return Loops::template of<KnownEpilogue<T, Kind::any, true>>;
+}
 
 template <class T, class There>
 FN_INLINE void put(T* p, const Lanes<T>& v, There there, bool) {
@@ -299,33 +344,6 @@ FN_INLINE void grad_pack(const E& e, const T* dy, const T* x, const GradOut<T>& 
   if (out.dresidual) put(out.dresidual + i, at.u, there, past);
 }
 
-// Calls with the element type, then with the epilogue, that the arguments ask for.
-template <class Call>
-void with_dtype(DType dtype, Call&& call) {
-  switch (dtype) {
-    case DType::f32: return call(float{});
-    case DType::f64: return call(double{});
-    case DType::f16: return call(f16{});
-    case DType::bf16: return call(bf16{});
-  }
-}
-template <class T, Kind kKind, class Call>
-void with_residual(const EpilogueArgs& e, Call&& call) {
-  const Real<T> slope = Real<T>(e.slope);
-  if (e.residual)
-    call(Epilogue<T, kKind, true>{e.activation, slope, e.residual.template as<const T>()});
-  else
-    call(Epilogue<T, kKind, false>{e.activation, slope, nullptr});
-}
-template <class T, class Call>
-void with_epilogue(const EpilogueArgs& e, Call&& call) {
-  switch (e.activation) {
-    case Activation::identity: return with_residual<T, Kind::identity>(e, call);
-    case Activation::relu: return with_residual<T, Kind::relu>(e, call);
-    default: return with_residual<T, Kind::any>(e, call);
-  }
-}
-
 // Sums of a chunk that overflowed, met NaN or lost digits to underflow: the chunk is done again, wider.
 template <class T>
 FN_INLINE bool out_of_range(double sum, double squares) {
@@ -336,8 +354,8 @@ FN_INLINE bool out_of_range(double sum, double squares) {
 constexpr double kLargest = 1.7976931348623157e308;
 
 // 1/√(variance + eps) of a statistic whose variance is beyond float64 though its square root is not.
-[[gnu::noinline]] double rstd_wide(const Fold& f, const double* x, const uint8_t* mask, int64_t s, bool center,
-                                   double eps) {
+[[gnu::noinline, maybe_unused]] double rstd_wide(const Fold& f, const double* x, const uint8_t* mask, int64_t s,
+                                                 bool center, double eps) {
   const double* first = x + (s / f.groups * f.outer * f.groups + s % f.groups) * f.inner;
   const uint8_t* first_position = mask ? mask + s / f.groups * f.outer * f.span : nullptr;
   long double n = 0, mean = 0, m2 = 0;

@@ -212,8 +212,9 @@ FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, 
 }
 
 template <int kOwnSlots, class E, class T>
-[[gnu::noinline]] void add_grad_chunk_in(const E& e, const T* dy, const T* x, const Runs& r,
+[[gnu::noinline]] void add_grad_chunk_in(const Epilogue<T>& epilogue, const T* dy, const T* x, const Runs& r,
                                          const GradCoefficients<Real<T>>& own, int64_t ahead, GradSums& sums) {
+  const E e(epilogue);
   const PackGrad<T> g = all_lanes<PackGrad<T>>(own);
   Accumulators<T, kOwnSlots> sum, product;
   sweep<T, kOwnSlots>(r, [&](int64_t i, int slot, auto there) FN_LAMBDA {
@@ -229,11 +230,11 @@ template <int kOwnSlots, class E, class T>
   sums.u += sum.sum();
   sums.uz += product.sum();
 }
-template <class E, class T>
-FN_INLINE void add_grad_chunk(const E& e, const T* dy, const T* x, const Runs& r, const GradCoefficients<Real<T>>& own,
-                              int64_t ahead, GradSums& sums) {
-  r.count* r.length < kLongRun<T> ? add_grad_chunk_in<1>(e, dy, x, r, own, ahead, sums)
-                                  : add_grad_chunk_in<kSlots<T>>(e, dy, x, r, own, ahead, sums);
+template <class E, class T = typename E::Element>
+void add_grad_chunk(const Epilogue<T>& e, const T* dy, const T* x, const Runs& r, const GradCoefficients<Real<T>>& own,
+                    int64_t ahead, GradSums& sums) {
+  r.count* r.length < kLongRun<T> ? add_grad_chunk_in<1, E>(e, dy, x, r, own, ahead, sums)
+                                  : add_grad_chunk_in<kSlots<T>, E>(e, dy, x, r, own, ahead, sums);
 }
 
 // Sums over short slabs, each one run, that follow each other in memory. A register of them at once: what it takes to add
@@ -305,9 +306,10 @@ template <class T>
   }
 }
 
-template <class E, class T>
-[[gnu::noinline]] void short_grad_sums(const E& e, const T* dy, const T* x, int64_t count, int64_t length,
-                                       const GradCoefficients<Real<T>>* own, GradSums* found) {
+template <class E, class T = typename E::Element>
+void short_grad_sums(const Epilogue<T>& epilogue, const T* dy, const T* x, int64_t count, int64_t length,
+                     const GradCoefficients<Real<T>>* own, GradSums* found) {
+  const E e(epilogue);
   using V = Vector<Real<T>>;
   constexpr int lanes = kLanes<Real<T>>, most = lanes / 2;
   for (int64_t from = 0; from < count; from += most) {
@@ -391,9 +393,10 @@ FN_INLINE void fetch_ahead(const T* p, int64_t ahead) {
   if (ahead != 0) prefetch(p + ahead);
 }
 
-template <class E, class T>
-[[gnu::noinline]] void apply_runs(const E& e, const T* x, T* y, const Runs& runs, const PackAffine<T>& given,
-                                  bool streamed, int64_t ahead) {
+template <class E, class T = typename E::Element>
+void apply_runs(const Epilogue<T>& epilogue, const T* x, T* y, const Runs& runs, const PackAffine<T>& given,
+                bool streamed, int64_t ahead) {
+  const E e(epilogue);
   const PackAffine<T> a = given;  // in registers: stores may alias what a reference names
   for (int64_t k = 0; k < runs.count; ++k) {
     const int64_t at = runs.offset + k * runs.stride;
@@ -403,9 +406,10 @@ template <class E, class T>
     });
   }
 }
-template <class E, class T>
-[[gnu::noinline]] void apply_neighbours(const E& e, const T* x, T* y, int64_t count, int64_t length,
-                                        const Affine<Real<T>>* a, bool streamed, int64_t ahead) {
+template <class E, class T = typename E::Element>
+void apply_neighbours(const Epilogue<T>& epilogue, const T* x, T* y, int64_t count, int64_t length,
+                      const Affine<Real<T>>* a, bool streamed, int64_t ahead) {
+  const E e(epilogue);
   sweep_neighbours<PackAffine<T>>(y, count, length, a, streamed,
                                   [&](int64_t i, const PackAffine<T>& own, auto there, bool past) FN_LAMBDA {
                                     fetch_ahead(x + i, ahead);
@@ -413,9 +417,10 @@ template <class E, class T>
                                   });
 }
 
-template <bool kConstant, class E, class T>
-[[gnu::noinline]] void grad_runs(const E& e, const T* dy, const T* x, const GradOut<T>& to, const Runs& runs,
-                                 const PackGrad<T>& given, bool streamed, int64_t ahead) {
+template <bool kConstant, class E, class T = typename E::Element>
+void grad_runs(const Epilogue<T>& epilogue, const T* dy, const T* x, const GradOut<T>& to, const Runs& runs,
+               const PackGrad<T>& given, bool streamed, int64_t ahead) {
+  const E e(epilogue);
   const PackGrad<T> g = given;
   const GradOut<T> out = to;
   for (int64_t k = 0; k < runs.count; ++k) {
@@ -427,10 +432,10 @@ template <bool kConstant, class E, class T>
     });
   }
 }
-template <bool kConstant, class E, class T>
-[[gnu::noinline]] void grad_neighbours(const E& e, const T* dy, const T* x, const GradOut<T>& to, int64_t count,
-                                       int64_t length, const GradCoefficients<Real<T>>* g, bool streamed,
-                                       int64_t ahead) {
+template <bool kConstant, class E, class T = typename E::Element>
+void grad_neighbours(const Epilogue<T>& epilogue, const T* dy, const T* x, const GradOut<T>& to, int64_t count,
+                     int64_t length, const GradCoefficients<Real<T>>* g, bool streamed, int64_t ahead) {
+  const E e(epilogue);
   const GradOut<T> out = to;
   sweep_neighbours<PackGrad<T>>(out.dx, count, length, g, streamed && out.alike(),
                                 [&](int64_t i, const PackGrad<T>& own, auto there, bool past) FN_LAMBDA {
@@ -439,6 +444,36 @@ template <bool kConstant, class E, class T>
                                   grad_pack<kConstant>(e, dy, x, out, i, own, there, past);
                                 });
 }
+
+// The loops that know an epilogue (loops_for).
+template <class T>
+struct ForwardRowLoops {
+  using Element = T;
+  using Any = KnownEpilogue<T, Kind::any, true>;
+  static constexpr bool kBackward = false;
+  decltype(&apply_runs<Any>) runs;
+  decltype(&apply_neighbours<Any>) neighbours;
+
+  template <class E>
+  static constexpr ForwardRowLoops of{apply_runs<E>, apply_neighbours<E>};
+};
+template <class T>
+struct BackwardRowLoops {
+  using Element = T;
+  using Any = KnownEpilogue<T, Kind::any, true>;
+  static constexpr bool kBackward = true;
+  decltype(&add_grad_chunk<Any>) add_chunk;
+  decltype(&short_grad_sums<Any>) short_sums;
+  // [constant]: the statistics were constants.
+  decltype(&grad_runs<false, Any>) runs[2];
+  decltype(&grad_neighbours<false, Any>) neighbours[2];
+
+  template <class E>
+  static constexpr BackwardRowLoops of{add_grad_chunk<E>,
+                                       short_grad_sums<E>,
+                                       {grad_runs<false, E>, grad_runs<true, E>},
+                                       {grad_neighbours<false, E>, grad_neighbours<true, E>}};
+};
 
 // How the slabs are handed to threads.
 struct RowPlan {
@@ -559,9 +594,10 @@ FN_INLINE Sum sum_of(const Sum* part, int64_t n) {
 }
 
 // With given statistics memory is walked as it lies: the runs of neighbouring slabs, one after the other.
-template <class E>
-void normalize_rows(const E& e, const ForwardPass& pass) {
-  using T = typename E::Element;
+template <class T>
+void normalize_rows(const ForwardPass& pass) {
+  const Epilogue<T> e(pass.epilogue);
+  const auto& loops = loops_for<ForwardRowLoops<T>>(pass.epilogue);
   const Fold f = pass.fold.cells();
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
@@ -584,17 +620,18 @@ void normalize_rows(const E& e, const ForwardPass& pass) {
       const int64_t piece = i % pieces, g = i / pieces % blocks * neighbours, o = i / pieces / blocks;
       const int64_t count = f.groups - g < neighbours ? f.groups - g : neighbours;
       const int64_t start = (o * f.groups + g) * f.inner + piece * length, left = f.inner - piece * length;
-      apply_neighbours(e.at(start), x + start, y + start, count, length < left ? length : left,
+      loops.neighbours(e.at(start), x + start, y + start, count, length < left ? length : left,
                        affine.get() + o / f.outer * f.groups + g, streamed, 0);
     });
     stream_fence();
   });
 }
 
-template <class E>
-void forward_rows(const E& e, const ForwardPass& pass) {
-  if (!pass.takes_statistics()) return normalize_rows(e, pass);
-  using T = typename E::Element;
+template <class T>
+void forward_rows(const ForwardPass& pass) {
+  if (!pass.takes_statistics()) return normalize_rows<T>(pass);
+  const Epilogue<T> e(pass.epilogue);
+  const auto& loops = loops_for<ForwardRowLoops<T>>(pass.epilogue);
   const Fold& f = pass.fold;
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
@@ -614,7 +651,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
     tree.segments(tile, [&](const Runs& runs) {
       channel_runs(f, runs, [&](int64_t channel, const Runs& r) {
         const auto a = all_lanes<PackAffine<T>>(pass.affine<Real<T>>(s * pass.share + channel));
-        apply_runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, tree.ahead_of_writes(sizeof(T)));
+        loops.runs(e.at(slab), x + slab, y + slab, r, a, plan.streamed, tree.ahead_of_writes(sizeof(T)));
       });
     });
   };
@@ -627,7 +664,7 @@ void forward_rows(const E& e, const ForwardPass& pass) {
       pass.affine(block.first * pass.share + from, count, a);
       for (int64_t o = f.outer; o-- > 0;) {
         const int64_t start = block.offset + o * row + from * f.span;
-        apply_neighbours(e.at(start), x + start, y + start, count, f.span, a, plan.streamed, next);
+        loops.neighbours(e.at(start), x + start, y + start, count, f.span, a, plan.streamed, next);
       }
     }
   };
@@ -665,9 +702,11 @@ void forward_rows(const E& e, const ForwardPass& pass) {
   });
 }
 
-template <class E>
-void backward_rows(const E& e, const BackwardPass& pass) {
-  using T = typename E::Element;
+template <class T>
+void backward_rows(const BackwardPass& pass) {
+  using R = Real<T>;
+  const Epilogue<T> e(pass.epilogue);
+  const auto& loops = loops_for<BackwardRowLoops<T>>(pass.epilogue);
   const Fold f = pass.fold.cells();
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner, share = pass.share;
@@ -677,26 +716,23 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   const GradOut<T> out{pass.dx.template as<T>(), pass.dresidual.template as<T>()};
 
   const auto add = [&](int64_t s, int64_t slab, const Runs& r, int64_t ahead, GradSums& sums) {
-    add_grad_chunk(e.at(slab), dy + slab, x + slab, r, pass.template coefficients<E>(s, true), ahead, sums);
+    loops.add_chunk(e.at(slab), dy + slab, x + slab, r, pass.template coefficients<R>(s, true), ahead, sums);
   };
   const bool backwards =
       pass.found && share > 1 && tiles == 1 && !plan.neighbours;  // from cell to cell: the last is still in cache
   const auto sum_short = [&](int64_t first, int64_t count, int64_t slab, GradSums* found) {
-    GradCoefficients<Real<T>> own[kMaxBlock];
-    pass.template coefficients<E>(first, count, true, own);
-    short_grad_sums(e.at(slab), dy + slab, x + slab, count, f.inner, own, found);
+    GradCoefficients<R> own[kMaxBlock];
+    pass.coefficients(first, count, true, own);
+    loops.short_sums(e.at(slab), dy + slab, x + slab, count, f.inner, own, found);
   };
   const auto write_runs = [&](int64_t slab, const Runs& r, const PackGrad<T>& g, bool corrected) {
-    const int64_t ahead = backwards ? -f.inner : tree.ahead_of_writes(sizeof(T));
-    if (corrected)
-      grad_runs<false>(e.at(slab), dy + slab, x + slab, out.at(slab), r, g, plan.streamed, ahead);
-    else
-      grad_runs<true>(e.at(slab), dy + slab, x + slab, out.at(slab), r, g, plan.streamed, ahead);
+    loops.runs[!corrected](e.at(slab), dy + slab, x + slab, out.at(slab), r, g, plan.streamed,
+                           backwards ? -f.inner : tree.ahead_of_writes(sizeof(T)));
   };
   const bool cut = pass.mask && !pass.constant;
   const auto write_tile = [&](int64_t s, int64_t tile) {
     const int64_t slab = RowBlock::slab_offset(f, s);
-    const auto g = all_lanes<PackGrad<T>>(pass.template coefficients<E>(s));
+    const auto g = all_lanes<PackGrad<T>>(pass.template coefficients<R>(s));
     tree.segments(tile, [&](const Runs& r) {
       if (!cut) return write_runs(slab, r, g, !pass.constant);
       counted_runs(pass.mask, f, s, r, [&](const Runs& some, bool counted) { write_runs(slab, some, g, counted); });
@@ -704,16 +740,12 @@ void backward_rows(const E& e, const BackwardPass& pass) {
   };
   const int64_t next = tree.one_run() ? 0 : -row;  // what is written after this
   const auto write_block = [&](const RowBlock& block) {
-    GradCoefficients<Real<T>> g[kMaxBlock];
-    pass.template coefficients<E>(block.first, block.count, false, g);
+    GradCoefficients<R> g[kMaxBlock];
+    pass.coefficients(block.first, block.count, false, g);
     for (int64_t o = f.outer; o-- > 0;) {
       const int64_t start = block.offset + o * row;
-      if (pass.constant)
-        grad_neighbours<true>(e.at(start), dy + start, x + start, out.at(start), block.count, f.inner, g, plan.streamed,
-                              next);
-      else
-        grad_neighbours<false>(e.at(start), dy + start, x + start, out.at(start), block.count, f.inner, g,
-                               plan.streamed, next);
+      loops.neighbours[pass.constant](e.at(start), dy + start, x + start, out.at(start), block.count, f.inner, g,
+                                      plan.streamed, next);
     }
   };
 
@@ -733,7 +765,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
                       add(block.first + k, block.offset + k * f.inner, r, ahead, sums);
                     });
         }
-        if (pass.found) pass.template sum_cells<Real<T>>(task.first / share, task.count / share);
+        if (pass.found) pass.template sum_cells<R>(task.first / share, task.count / share);
         for (int64_t part = 0; out.dx && part < blocks; ++part) {
           const RowBlock block = task.part(f, plan.block, backwards ? blocks - 1 - part : part);
           if (plan.neighbours && !cut)
@@ -764,7 +796,7 @@ void backward_rows(const E& e, const BackwardPass& pass) {
       team.each(slabs / share, [&](int64_t s) {
         for (int64_t cell = s * share; cell < s * share + share; ++cell)
           pass.found[cell] = sum_of(part.get() + cell * tiles, tiles);
-        pass.template sum_cells<Real<T>>(s, 1);
+        pass.template sum_cells<R>(s, 1);
       });
     }
     if (out.dx && !at_once) team.each_backwards(slabs * tiles, [&](int64_t i) { write_tile(i / tiles, i % tiles); });

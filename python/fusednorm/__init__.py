@@ -95,8 +95,9 @@ def build_info() -> dict[str, Any]:
     -------
     dict
         "version" and "compiler" (str), "isa_built" and "isa_runnable" (lists of the instruction sets that there are
-        kernels for, and of those that this CPU has), "isa" (the one in use), "openmp" (the version's date as an int),
-        "threads" (int), and "cuda" (str: its state, with the reason where there is none).
+        kernels for, and of those that this CPU has), "isa" (the one in use), "isa_best" (the best that this CPU has,
+        whether there are kernels for it or not), "openmp" (the version's date as an int), "threads" (int), and "cuda"
+        (str: its state, with the reason where there is none).
     """
     return dict(_C.build_info())
 

@@ -6,4 +6,8 @@
 #define _mm_stream_ps(to, vector) (*reinterpret_cast<__m128*>(to) = (vector))
 #endif
 
+#if defined(FUSEDNORM_DTYPE)
+#include "cpu/nests.cpp"
+#else
 #include "cpu/backend.cpp"
+#endif

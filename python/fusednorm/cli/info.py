@@ -24,6 +24,16 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def better_kernels(info: dict[str, Any]) -> dict[str, str]:
+    """A line where the kernels were compiled on a machine that lacks what this one has."""
+    if info["isa_best"] in info["isa_built"]:
+        return {}
+    return {
+        "faster": f"this machine runs {info['isa_best']}, for which this installation, made elsewhere, has no kernels: "
+        "install it anew here, or build with FUSEDNORM_KERNELS=all"
+    }
+
+
 def run(args: argparse.Namespace) -> int:
     info = fusednorm.build_info() | {"python": platform.python_version(), "libraries": versions(LIBRARIES)}
     if args.json:
@@ -36,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         "compiler": info["compiler"],
         "instruction sets": f"{info['isa']} chosen; runnable here: {' '.join(info['isa_runnable'])}; "
         f"built: {' '.join(info['isa_built'])} (FUSEDNORM_ISA overrides)",
+        **better_kernels(info),
         "threads": f"{info['threads']}, {openmp}",
         "CUDA": info["cuda"],
         **{name: version or "absent" for name, version in info["libraries"].items()},
