@@ -33,10 +33,22 @@ def test_info_names_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize("best", ["v2", "v9"])
+def test_info_says_where_better_kernels_could_be_had(
+    best: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in an environment that was made on another machine."""
+    info = fusednorm.build_info() | {"isa_built": ["v2"], "isa_runnable": ["v2"], "isa_best": best}
+    monkeypatch.setattr(fusednorm, "build_info", lambda: info)
+    assert main(["info"]) == 0
+    assert ("this machine runs v9" in capsys.readouterr().out) == (best == "v9")
+
+
 def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["isa"] in info["isa_runnable"]
+    assert info["isa_best"] == info["isa_runnable"][0] or info["isa_best"] not in info["isa_built"]
     assert info["libraries"]["numpy"]
     assert info["threads"] == fusednorm.get_num_threads()
 

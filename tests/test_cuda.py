@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -15,7 +16,7 @@ import pytest
 import ranks
 from fusednorm.testing import cases
 from fusednorm.testing.cases import CASES, Case
-from support import assert_same_bits
+from support import assert_same_bits, run_python
 from test_cases import marked, prepared, skip_what_is_missing
 from test_distributed import wrong
 
@@ -75,6 +76,17 @@ def test_bits_do_not_depend_on_the_schedule(case: Case, device: int) -> None:
             assert (first is None) == (second is None)
             if first is not None:
                 assert_same_bits(first, second, field.name)
+
+
+@pytest.mark.skipif(not EMULATED, reason="the kernels are compiled for this GPU")
+def test_a_gpu_that_kernels_were_not_compiled_for() -> None:
+    code = "import cupy, fusednorm as fn; fn.batch_norm(cupy.ones((4, 3), 'float32'), None, None, training=True)"
+    done = run_python(code, PYTHONPATH=os.pathsep.join(sys.path), FUSEDNORM_EMU_DEVICES="image=0")
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("RuntimeError: cudaErrorNoKernelImageForDevice: ")
+    assert STATE in message
+    assert "CMAKE_CUDA_ARCHITECTURES" in message
 
 
 class Foreign:

@@ -16,7 +16,11 @@ constexpr int kEach = 128;  // threads of a block that does what comes after the
 void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // else the next call would report it again
-  throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error) + " while " + doing);
+  std::string message = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error) + " while " + doing;
+  if (error == cudaErrorNoKernelImageForDevice)
+    message += std::string("; CUDA is ") + state() +
+               ": install where this GPU is, or build with CMAKE_CUDA_ARCHITECTURES naming it";
+  throw std::runtime_error(message);
 }
 
 // Makes a device the current one for a while.
@@ -136,7 +140,7 @@ void run(const Pass& pass, const Kernel<Pass> (&kernels)[2][2], const Queue& que
   static std::atomic<int> largest_cluster[2][2][kMaxDevices];
   const Layout layout = layout_of<T>(pass, device(queue.device).sms);
   if (layout.slabs == 0) return;
-  const bool columns = pass.fold.is_columns(), general = !pass.is_plain();
+  const bool columns = pass.fold.is_columns(), general = !kHasPlain<T> || !pass.is_plain();
   const Kernel<Pass> kernel = kernels[columns][general];
   const Current current(queue.device);
   Device d =

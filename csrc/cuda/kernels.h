@@ -8,7 +8,11 @@ namespace fusednorm::cuda {
 template <class Pass, class J = Job>
 using Kernel = void (*)(const Pass, const J);
 
-// [columns][general]: rows or columns; epilogues of all kinds, or identity and ReLU alone. [several]: of lines.
+// float64 has no plain kernels: one more of each would be compiled for who seldom comes.
+template <class T>
+constexpr bool kHasPlain = sizeof(T) < 8;
+
+// [columns][general]: rows or columns; epilogues of all kinds, or (plain) identity and ReLU alone. [several]: of lines.
 struct Kernels {
   Kernel<ForwardPass> forward[2][2];
   Kernel<BackwardPass> backward[2][2];

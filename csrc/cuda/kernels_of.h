@@ -9,8 +9,10 @@ namespace fusednorm::cuda {
 
 template <class T>
 const Kernels kernels_of{
-    {{forward<T, false, false>, forward<T, false, true>}, {forward<T, true, false>, forward<T, true, true>}},
-    {{backward<T, false, false>, backward<T, false, true>}, {backward<T, true, false>, backward<T, true, true>}},
+    {{forward<T, false, !kHasPlain<T>>, forward<T, false, true>},
+     {forward<T, true, !kHasPlain<T>>, forward<T, true, true>}},
+    {{backward<T, false, !kHasPlain<T>>, backward<T, false, true>},
+     {backward<T, true, !kHasPlain<T>>, backward<T, true, true>}},
     {forward_lines<T, 1, kLinePacks<T, ForwardPass>>, forward_lines<T, kLinesAtOnce<T, ForwardPass>, 1>},
     {backward_lines<T, 1, kLinePacks<T, BackwardPass>>, backward_lines<T, kLinesAtOnce<T, BackwardPass>, 1>}};
 

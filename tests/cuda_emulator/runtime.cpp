@@ -32,6 +32,7 @@ struct Device {
   long cooperative = 1;  // 0: the device has no cooperative launches
   // 1: such launches fail although attributes and occupancy allow them, as where processes share a device.
   long refuse_clusters = 0, refuse_cooperative = 0;
+  long image = 1;  // 0: the kernels were not compiled for it
 };
 
 const std::map<std::string, long Device::*> kSettings = {
@@ -47,6 +48,7 @@ const std::map<std::string, long Device::*> kSettings = {
     {"cooperative", &Device::cooperative},
     {"refuse_clusters", &Device::refuse_clusters},
     {"refuse_cooperative", &Device::refuse_cooperative},
+    {"image", &Device::image},
 };
 
 // "name=number,name=number;…", one device after another; what is not named is as above.
@@ -137,6 +139,7 @@ cudaError_t check(const Launch& l, const void* kernel) {
   const Device& d = device();
   const long threads = count(l.block), blocks = count(l.grid);
   if (forked()) return cudaErrorInitializationError;
+  if (!d.image) return cudaErrorNoKernelImageForDevice;
   if (!usable(l.stream)) return cudaErrorInvalidResourceHandle;
   if (blocks == 0 || l.grid.x > 0x7fffffff || l.grid.y > 65535 || l.grid.z > 65535)
     return cudaErrorInvalidConfiguration;
@@ -233,6 +236,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::fu
 }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (!device().image) return error(cudaErrorNoKernelImageForDevice);
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || value > device().shared) return error(cudaErrorInvalidValue);
   const std::lock_guard lock(limits);
@@ -283,6 +287,7 @@ const char* cudaGetErrorName(cudaError_t e) {
     NAME(cudaErrorInsufficientDriver);
     NAME(cudaErrorNoDevice);
     NAME(cudaErrorInvalidDevice);
+    NAME(cudaErrorNoKernelImageForDevice);
     NAME(cudaErrorInvalidResourceHandle);
     NAME(cudaErrorLaunchOutOfResources);
     NAME(cudaErrorCooperativeLaunchTooLarge);
