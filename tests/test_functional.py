@@ -1308,3 +1308,16 @@ def test_half_types_round_to_nearest_even(shape: tuple[int, ...], axis: int, dty
     along = [1] * len(shape)
     along[axis] = 5
     assert_same_bits(y, (x.astype(np.float32) + bias.astype(np.float32).reshape(along)).astype(kind))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-12, 2.0**12, 1.001])
+def test_every_number_of_a_half_type(dtype: str, scale: float, isa: str) -> None:
+    """Subnormals, infinities and NaN, too: y = x·scale is rounded once, in float16 to subnormals and to infinity."""
+    x = np.arange(2**16, dtype=np.uint16).view(numpy_dtype(dtype)).reshape(1, 1, -1)
+    y = fn.batch_norm(x, np.zeros(1), np.ones(1), np.full(1, scale), eps=0)
+    with np.errstate(all="ignore"):
+        want = (x.astype(np.float32) * np.float32(scale) + np.float32(0)).astype(x.dtype)
+    nan = np.isnan(want)
+    np.testing.assert_array_equal(np.isnan(y), nan)
+    assert_same_bits(y[~nan], want[~nan])

@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "core/dtype.h"
@@ -74,6 +76,8 @@ FN_INLINE F fma(F a, F b, F c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__FMA__)
   return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -83,6 +87,8 @@ FN_INLINE D fma(D a, D b, D c) {
   return _mm512_fmadd_pd(a, b, c);
 #elif defined(__FMA__)
   return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return (D)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
 #endif
@@ -230,7 +236,8 @@ FN_INLINE void store_first(T* p, int n, V v) {
   for (int i = 0; i < n; ++i) memcpy(p + i, reinterpret_cast<const char*>(&v) + i * sizeof(T), sizeof(T));
 #endif
 }
-// Non-temporal, past the caches: p is aligned to kBytes.
+// Non-temporal, past the caches: p is aligned to kBytes. A plain store on aarch64: its non-temporal one, of pairs, is but
+// a hint, and its cores notice by themselves when whole lines are written.
 template <class T, class V>
 FN_INLINE void stream_whole(T* p, V v) {
 #if defined(__AVX512BW__)
@@ -317,6 +324,19 @@ struct Pack<f16> {
     const __m256i low = _mm256_castsi128_si256(_mm256_cvtps_ph(lanes.v[0], _MM_FROUND_TO_NEAREST_INT));
     return (Fbits)_mm256_inserti128_si256(low, _mm256_cvtps_ph(lanes.v[1], _MM_FROUND_TO_NEAREST_INT), 1);
 #endif
+  }
+#elif defined(__aarch64__)
+  template <class T>
+  static FN_INLINE Lanes<f16> unpack(Fbits both) {
+    const float16x8_t elements = (float16x8_t)both;
+    Lanes<f16> lanes;
+    lanes.v[0] = (F)vcvt_f32_f16(vget_low_f16(elements));
+    lanes.v[1] = (F)vcvt_high_f32_f16(elements);
+    return lanes;
+  }
+  template <class T>
+  static FN_INLINE Fbits pack(const Lanes<f16>& lanes) {
+    return (Fbits)vcvt_high_f16_f32(vcvt_f16_f32((float32x4_t)lanes.v[0]), (float32x4_t)lanes.v[1]);
   }
 #else
   template <class T>
