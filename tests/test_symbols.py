@@ -10,6 +10,7 @@ instruction set's namespace.
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
@@ -31,7 +32,8 @@ VEX = re.compile(r"\tv[a-z0-9]+ ")
 
 
 def tool(name: str) -> str:
-    found = shutil.which(name)
+    # Under an emulator the plain name is the tool of another processor.
+    found = shutil.which(f"{platform.machine()}-linux-gnu-{name}") or shutil.which(name)
     if not found:
         pytest.skip(f"{name} is not installed")
     return found
@@ -112,6 +114,17 @@ def test_objects_emit_nothing_under_shared_names() -> None:
         assert shared, path
         outside = [name for name in shared if not NAMESPACES.search(name)]
         assert not outside, f"{path.name} defines what other objects may use"
+
+
+@pytest.mark.skipif(platform.machine() != "aarch64", reason="about aarch64")
+def test_aarch64_computes_with_its_own_instructions() -> None:
+    """fma is one instruction and no call; float16 is converted by the processor, both halves of a register."""
+    code = "\n".join(block for name, block in functions(unstripped()).items() if NAMESPACES.search(name))
+    used = set(re.findall(r"\t((?:fmla|fcvtl2?|fcvtn2?)\tv\d+\.\d[sdh])", re.sub(r"\tv\d+\.", r"\tv0.", code)))
+    assert used >= {"fmla\tv0.4s", "fmla\tv0.2d", "fcvtl\tv0.4s", "fcvtl2\tv0.4s", "fcvtn\tv0.4h", "fcvtn2\tv0.8h"}
+    calls = set(re.findall(r"\tbl\t[0-9a-f]+ <(\w+)@plt>", code))
+    assert "memcpy" in calls  # the control: calls are seen
+    assert not calls & {"fma", "fmaf"}
 
 
 def test_the_extension_exports_its_entry_only() -> None:
