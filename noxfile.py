@@ -118,6 +118,72 @@ def clang(session: nox.Session) -> None:
 
 
 @nox.session
+def aarch64(session: nox.Session) -> None:
+    """aarch64's kernels, cross-compiled with warnings as errors, and the cases under qemu; arguments go to pytest."""
+    for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64", "apt-get", "dpkg"):
+        if not shutil.which(tool):
+            session.skip(f"no {tool} found; Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user")
+    folder = Path(session.create_tmp()).resolve()
+    python, headers = aarch64_python(session, folder)
+    site, build = folder / "site", str(folder / "build")
+    shutil.rmtree(site, ignore_errors=True)
+    version = headers.name.removeprefix("python")
+    wheels = [f"--platform=manylinux{kind}_aarch64" for kind in ("2014", "_2_28")]
+    session.install("--target", str(site), "--only-binary=:all:", f"--python-version={version}", *wheels,
+                    "numpy", "ml_dtypes", "pytest")  # fmt: skip
+
+    session.install("cmake", "ninja", "pybind11")
+    pybind11 = str(session.run("python", "-m", "pybind11", "--cmakedir", silent=True, log=False)).strip()
+    session.run("cmake", "-S", ".", "-B", build, "-G", "Ninja", "-DCMAKE_SYSTEM_NAME=Linux",
+                "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+                f"-DCMAKE_CXX_FLAGS=-idirafter {headers.parent}", f"-DPython_EXECUTABLE={python}",
+                f"-DPython_INCLUDE_DIR={headers}", f"-Dpybind11_DIR={pybind11}",
+                f"-DSKBUILD_PROJECT_VERSION={PROJECT['project']['version']}", "-DFUSEDNORM_CUDA=OFF",
+                "-DFUSEDNORM_WERROR=ON")  # fmt: skip
+    session.run("cmake", "--build", build)
+    session.run("cmake", "--install", build, "--prefix", str(site))
+    shutil.copytree("python/fusednorm", site / "fusednorm", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so"))
+
+    environment = {"PYTHONPATH": str(site), "OMP_WAIT_POLICY": "passive"}
+    session.run(python, "-m", "fusednorm", "info", external=True, env=environment)
+    tests = [*(f"tests/test_{name}.py" for name in ("cases", "verbs", "symbols")),
+             "tests/test_functional.py::test_half_types_round_to_nearest_even",
+             "tests/test_functional.py::test_every_number_of_a_half_type"]  # fmt: skip
+    session.run(python, "-m", "pytest", "-q", *tests, *session.posargs, external=True, env=environment)
+
+
+def aarch64_python(session: nox.Session, folder: Path) -> tuple[str, Path]:
+    """Debian's Python for aarch64 in the folder, as a command that qemu runs, and where its headers are. apt is given
+    lists and a state of its own, in which nothing is installed: the system's stay as they are, and root is not
+    needed."""
+    system, apt = folder / "system", folder / "apt"
+    if not system.exists():
+        shutil.rmtree(apt, ignore_errors=True)
+        for part in ("state/lists/partial", "cache/archives/partial"):
+            (apt / part).mkdir(parents=True)
+        (apt / "status").touch()
+        options = [f"-oDir::State={apt}/state", f"-oDir::State::status={apt}/status", f"-oDir::Cache={apt}/cache",
+                   "-oAPT::Architecture=arm64", "-oAPT::Architectures=arm64", "-oAPT::Sandbox::User="]  # fmt: skip
+        packages = ["python3-minimal", "libpython3-dev", "libstdc++6", "libgomp1"]
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", "--download-only", *packages]):
+            done = subprocess.run(["apt-get", *options, *command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                session.skip(f"apt-get {command[0]} for arm64: {done.stderr.strip()}")
+        unpacked = folder / "unpacked"
+        shutil.rmtree(unpacked, ignore_errors=True)
+        for package in sorted(apt.glob("cache/archives/*.deb")):
+            subprocess.run(["dpkg", "-x", package, unpacked], check=True)
+        if not (unpacked / "lib").exists():  # since Debian 13 packages leave it to a link, which comes with no package
+            (unpacked / "lib").symlink_to("usr/lib")
+        unpacked.rename(system)
+    headers = next(system.glob("usr/include/python3.*"))
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec qemu-aarch64 -L {system} {system}/usr/bin/{headers.name} "$@"\n')
+    python.chmod(0o755)
+    return str(python), headers
+
+
+@nox.session
 def cuda(session: nox.Session) -> None:
     """CUDA's kernels without a GPU: what nvcc makes of them, where there is one, passes the gates, whose bounds --
     --update sets anew; then emulated, through the same cases as the CPU's."""
