@@ -236,8 +236,7 @@ FN_INLINE void store_first(T* p, int n, V v) {
   for (int i = 0; i < n; ++i) memcpy(p + i, reinterpret_cast<const char*>(&v) + i * sizeof(T), sizeof(T));
 #endif
 }
-// Non-temporal, past the caches: p is aligned to kBytes. A plain store on aarch64: its non-temporal one, of pairs, is but
-// a hint, and its cores notice by themselves when whole lines are written.
+// Non-temporal, past the caches: p is aligned to kBytes. A plain store on aarch64, whose non-temporal one is but a hint.
 template <class T, class V>
 FN_INLINE void stream_whole(T* p, V v) {
 #if defined(__AVX512BW__)
