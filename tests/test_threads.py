@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -316,6 +319,28 @@ def test_the_best_instruction_set_is_the_default() -> None:
     code = "import fusednorm as fn; print(fn.build_info()['isa'])"
     result = run_python(code, FUSEDNORM_ISA="")
     assert result.stdout.split() == [fn.build_info()["isa_runnable"][0]], result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="qemu-x86_64 (Debian: qemu-user) is not installed")
+@pytest.mark.skipif("v2" not in fn.build_info()["isa_built"], reason="no generic kernels of x86-64 were built")
+@pytest.mark.parametrize(("processor", "best"), [("Nehalem", "v2"), ("Haswell", "v3")])
+def test_an_older_processor_runs_what_was_built_here(processor: str, best: str) -> None:
+    code = (
+        "import json, numpy as np, fusednorm as fn\n"
+        "x = np.arange(12, dtype=np.float32).reshape(4, 3)\n"
+        "y = fn.batch_norm(x, None, None, training=True)\n"
+        "assert abs(y.std(0) - 1).max() < 1e-5\n"
+        "print(json.dumps(fn.build_info()))"
+    )
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", processor, sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    info = json.loads(done.stdout)
+    assert info["isa_best"] == best
+    assert info["isa"] == (best if best in info["isa_built"] else "v2")
+    assert "v4" not in info["isa_runnable"]
 
 
 def test_an_unknown_instruction_set_fails_the_import_with_the_known_ones() -> None:

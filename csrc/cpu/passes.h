@@ -209,8 +209,16 @@ struct Epilogue {
 };
 
 // And as the loops do: what there is to compute for a vector, known when they are compiled where that pays. `any` finds
-// out for each vector, and calls for what is neither identity nor ReLU.
+// out for each vector, and calls for what is neither identity nor ReLU. float64, whose loops wait for twice as much
+// memory, and the instruction set that only has to run have few: all but identity is `any`.
 enum class Kind { identity, relu, any };
+#if defined(FUSEDNORM_GENERIC)
+template <class T>
+constexpr bool kFewEpilogues = true;
+#else
+template <class T>
+constexpr bool kFewEpilogues = sizeof(T) == 8;
+#endif
 
 template <class V, class R>
 [[gnu::noinline]] V activate_any(Activation activation, R slope, V pre) {
@@ -240,30 +248,23 @@ struct KnownEpilogue : Epilogue<T> {
     const V p = fma(centered, scale, shift);
     return has_residual() ? p + added : p;
   }
+  FN_INLINE bool is(Kind kind, Activation which) const {
+    return kKind == kind || (kKind == Kind::any && kFewEpilogues<T> && this->activation == which);
+  }
   FN_INLINE V value(V p) const {
-    if constexpr (kKind == Kind::identity) return p;
-    if (kKind == Kind::relu || this->activation == Activation::relu) return relu<Math>(p);
-    return this->activation == Activation::identity ? p : activate_any(this->activation, this->slope, p);
+    if (is(Kind::identity, Activation::identity)) return p;
+    if (is(Kind::relu, Activation::relu)) return relu<Math>(p);
+    return activate_any(this->activation, this->slope, p);
   }
   FN_INLINE V gradient(V dy, V p) const {
-    if constexpr (kKind == Kind::identity) return dy;
-    if (kKind == Kind::relu || this->activation == Activation::relu) return relu_gradient<Math>(dy, p);
+    if (kKind == Kind::identity) return dy;
+    if (is(Kind::relu, Activation::relu)) return relu_gradient<Math>(dy, p);
     return activation_gradient_any(this->activation, this->slope, dy, p);
   }
 };
 
-// Loops are reached through a table for each epilogue, so that what drives them is compiled once. float64, whose loops
-// wait for twice as much memory, and the instruction set that only has to run have fewer.
-//
-// Loops: a table for elements T; `of<E>`, the one for a KnownEpilogue; kBackward, where a residual plays no part without
-// an activation.
-#if defined(FUSEDNORM_GENERIC)
-template <class T>
-constexpr bool kFewEpilogues = true;
-#else
-template <class T>
-constexpr bool kFewEpilogues = sizeof(T) == 8;
-#endif
+// Loops are reached through a table for each epilogue, so that what drives them is compiled once. Loops: a table for
+// elements T; `of<E>`, the one for a KnownEpilogue; kBackward, where a residual plays no part without an activation.
 template <class Loops>
 const Loops& loops_for(const EpilogueArgs& e) {
   using T = typename Loops::Element;
