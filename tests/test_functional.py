@@ -814,6 +814,41 @@ def test_nan_and_infinity_stay_in_their_statistic(
     assert np.isfinite(dbias[3])
 
 
+@pytest.mark.parametrize("bad", [{0: np.nan}, {-1: np.inf}, {9000: -np.inf}, {5000: np.inf, 15000: -np.inf}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [1, -1])
+def test_one_number_that_is_not_finite_in_many(axis: int, dtype: str, bad: dict[int, float], isa: str) -> None:
+    """A statistic of several chunks, the others of which hold finite numbers."""
+    x = normal((3, 2, 7000), dtype)
+    spoilt = x.copy()
+    for place, value in bad.items():
+        spoilt[np.unravel_index(np.arange(21000)[place], (3, 7000))[0], 1, place % 7000] = value
+    results = []
+    for array in (x, spoilt):
+        y, mean, rstd = fn.batch_norm_forward(np.moveaxis(array, 1, axis), axis=axis)
+        results.append((np.moveaxis(y, axis, 1), mean, rstd))
+    (y, mean, rstd), (y2, mean2, rstd2) = results
+    assert_same_bits(y[:, 0], np.ascontiguousarray(y2[:, 0]))
+    assert (mean2[0], rstd2[0]) == (mean[0], rstd[0])
+    assert not np.isfinite(mean2[1])
+    assert np.isnan(rstd2[1])
+    assert np.all(np.isnan(y2[:, 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_of_a_line_that_is_not_finite(dtype: str, isa: str) -> None:
+    """An infinite one has rstd 0: its finite numbers become 0, as in PyTorch."""
+    x = normal((4, 9001), dtype)
+    x[1, 7000], x[2, 0] = np.inf, np.nan
+    y, rstd = fn.rms_norm_forward(x, 9001)
+    assert rstd[1] == 0
+    assert np.isnan(rstd[2])
+    assert np.all(np.isfinite(y[[0, 3]]))
+    assert np.all(np.delete(y[1], 7000) == 0)
+    assert np.isnan(y[1, 7000])
+    assert np.all(np.isnan(y[2]))
+
+
 def test_nan_in_one_ghost_batch_stays_there() -> None:
     x = normal((12, 5, 7))
     spoilt = x.copy()

@@ -163,18 +163,70 @@ FN_INLINE void sum_columns(const T* base, const Block& block, PanelSums<T>& sum)
   });
 }
 
-// The columns of a chunk whose float32 sums are out of range, again, in float64, onto the moments before it.
+// Of all numbers of each column that are not finite, the sum; 0 where there are none.
+template <class T>
+FN_INLINE void sum_not_finite(const T* base, const Block& block, PanelSums<T>& sum) {
+  constexpr int parts = Pack<T>::parts;
+  down<T>(block, [&](auto rows, int64_t j, int64_t index, auto there) FN_LAMBDA {
+    for (int k = 0; k < rows.count; ++k) {
+      const Lanes<T> v = load(base + (rows.first + k * rows.apart) * block.stride + j, there);
+      for (int part = 0; part < parts; ++part)
+        sum.v[index * parts + part] += Math::select(v.v[part] - v.v[part] == 0, Vector<Real<T>>{}, v.v[part]);
+    }
+  });
+}
+
+// chunk_moments_wide of each column, where that is float64.
+template <class T>
+FN_INLINE void panel_moments_wide(const T* base, const Block& block, bool center, PanelMoments<T>& own) {
+  constexpr int parts = Pack<T>::parts, wide = kWide<Real<T>>;
+  const auto add = [&](D* to, auto&& f) FN_LAMBDA {
+    down<T>(block, [&](auto rows, int64_t j, int64_t index, auto there) FN_LAMBDA {
+      for (int k = 0; k < rows.count; ++k) {
+        const Lanes<T> v = load(base + (rows.first + k * rows.apart) * block.stride + j, there);
+        for (int part = 0; part < parts; ++part) {
+          D more[wide];
+          widen(v.v[part], more);
+          for (int w = 0; w < wide; ++w) {
+            const int64_t at = (index * parts + part) * wide + w;
+            to[at] += f(more[w], own.mean[at]);
+          }
+        }
+      }
+    });
+  };
+  if (center) add(own.m2, [](D v, D) FN_LAMBDA { return v; });
+  for (int64_t i = 0; center && i < vectors_of<T>(block.columns) * wide; ++i) {
+    own.mean[i] = own.m2[i] / double(block.rows);
+    own.m2[i] = D{};
+  }
+  add(own.m2, [](D v, D mean) FN_LAMBDA { return (v - mean) * (v - mean); });
+}
+
+// The columns of a chunk whose sums are out of range, again, onto the moments before it.
 template <class T>
 [[gnu::noinline]] void mend_columns(const T* base, const Block& block, bool center, const PanelSums<T>& sum,
                                     const PanelSums<T>& squares, const PanelMoments<T>& before, PanelMoments<T>& tile) {
-  constexpr int lanes = kLanes<Real<T>>;
+  using R = Real<T>;
+  PanelSums<T> not_finite(block.columns);
+  sum_not_finite(base, block, not_finite);
+  PanelMoments<T> own(sizeof(R) == 4 ? block.columns : 0);
+  bool has_own = false;
   for (int64_t v = 0; v < vectors_of<T>(block.columns); ++v)
-    for (int lane = 0; lane < lanes; ++lane) {
+    for (int lane = 0; lane < kLanes<R>; ++lane) {
       const int64_t column = v / Pack<T>::parts * Pack<T>::width + Pack<T>::order(int(v % Pack<T>::parts), lane);
       if (column >= block.columns || !out_of_range<T>(sum.v[v][lane], squares.v[v][lane])) continue;
-      const int64_t at = v * kWide<Real<T>> + lane / kLanes<double>, l = lane % kLanes<double>;
+      const int64_t at = v * kWide<R> + lane / kLanes<double>, l = lane % kLanes<double>;
       Moments m{before.n, before.mean[at][l], before.m2[at][l]};
-      m.merge(chunk_moments_wide(base + column, Runs{0, block.stride, block.rows, 1}, center));
+      if (not_finite.v[v][lane] != 0 || !is_finite(m.mean)) {
+        add_not_finite(double(block.rows), double(not_finite.v[v][lane]), center, m);
+      } else if constexpr (sizeof(R) == 8) {
+        m.merge(chunk_moments_wide(base + column, Runs{0, block.stride, block.rows, 1}, center));
+      } else {
+        if (!has_own) panel_moments_wide(base, block, center, own);
+        has_own = true;
+        m.merge({double(block.rows), own.mean[at][l], own.m2[at][l]});
+      }
       tile.mean[at][l] = m.mean;
       tile.m2[at][l] = m.m2;
     }

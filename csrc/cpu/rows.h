@@ -122,20 +122,61 @@ struct Accumulators {
   }
 };
 
-// The chunk again, in the widest type there is: long double holds the sum of any doubles.
+FN_INLINE bool is_finite(double v) { return v - v == 0; }
+
+// Takes k numbers into moments that are no longer finite: `sum` is that of those numbers that are not finite themselves.
+FN_INLINE void add_not_finite(double k, double sum, bool center, Moments& m) {
+  m.n += k;
+  m.m2 = center ? __builtin_nan("") : m.m2 + sum * sum;
+  if (center) m.mean += sum;
+}
+
+// The chunk again, in a type that holds the squares and sums of any of its numbers: float64 for 16- and 32-bit elements,
+// long double for float64.
 template <class T>
 [[gnu::noinline]] Moments chunk_moments_wide(const T* x, const Runs& r, bool center) {
-  using Wide = long double;
   const double n = double(r.count * r.length);
-  Wide mean = 0, m2 = 0;
-  const auto each = [&](auto&& add) {
-    for (int64_t k = 0; k < r.count; ++k)
-      for (int64_t i = 0; i < r.length; ++i) add(Wide(to_real(x[r.offset + k * r.stride + i])));
-  };
-  if (center) each([&](Wide v) { mean += v; });
-  mean /= Wide(n);
-  each([&](Wide v) { m2 += (v - mean) * (v - mean); });
-  return {n, double(mean), double(m2)};
+  if constexpr (sizeof(T) == 8) {
+    using Wide = long double;
+    Wide mean = 0, m2 = 0;
+    const auto each = [&](auto&& add) {
+      for (int64_t k = 0; k < r.count; ++k)
+        for (int64_t i = 0; i < r.length; ++i) add(Wide(x[r.offset + k * r.stride + i]));
+    };
+    if (center) each([&](Wide v) { mean += v; });
+    mean /= Wide(n);
+    each([&](Wide v) { m2 += (v - mean) * (v - mean); });
+    return {n, double(mean), double(m2)};
+  } else {
+    double mean = 0;
+    // Of f(number in float64), the sum.
+    const auto sum = [&](auto&& f) FN_LAMBDA {
+      D sums[2] = {};
+      sweep<T, 1>(r, [&](int64_t i, int, auto there) FN_LAMBDA {
+        const Lanes<T> v = load(x + i, there);
+        for (int p = 0; p < Pack<T>::parts; ++p) {
+          D wide[2], counts[2];
+          widen(v.v[p], wide[0], wide[1]);
+          widen(live<T>(F{} + 1, p, there), counts[0], counts[1]);
+          for (int w = 0; w < 2; ++w) sums[w] += counts[w] * f(wide[w]);
+        }
+      });
+      return sum_lanes(sums[0] + sums[1]);
+    };
+    if (center) mean = sum([](D v) FN_LAMBDA { return v; }) / n;
+    return {n, mean, sum([&](D v) FN_LAMBDA { return (v - mean) * (v - mean); })};
+  }
+}
+
+// The sum of the numbers that are not finite, NaN or infinite itself; 0 where there are none.
+template <class T>
+[[gnu::noinline]] double sum_not_finite(const T* x, const Runs& r) {
+  Vector<Real<T>> sum{};
+  sweep<T, 1>(r, [&](int64_t i, int, auto there) FN_LAMBDA {
+    const Lanes<T> v = load(x + i, there);
+    for (int p = 0; p < Pack<T>::parts; ++p) sum += Math::select(v.v[p] - v.v[p] == 0, Vector<Real<T>>{}, v.v[p]);
+  });
+  return sum_lanes(sum);
 }
 
 // Σ(x − hi) and Σ(x − hi)² over the runs. `ahead`: distance in elements to the chunk that is read next, fetched while
@@ -192,6 +233,11 @@ template <class T>
 FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, Moments& m) {
   using R = Real<T>;
   const double k = double(r.count * r.length);
+  if (!is_finite(m.mean)) return add_not_finite(k, sum_not_finite(x, r), center, m);
+  const auto wide = [&] {
+    const double sum = sum_not_finite(x, r);
+    sum == 0 ? m.merge(chunk_moments_wide(x, r, center)) : add_not_finite(k, sum, center, m);
+  };
   if (center && m.n < k) {
     R hi = mean_of_first_pack(x, r);
     Deviations d = deviations(x, r, hi, ahead);
@@ -199,13 +245,13 @@ FN_INLINE void add_chunk(const T* x, const Runs& r, bool center, int64_t ahead, 
       hi = R(double(hi) + d.sum / k);
       d = deviations(x, r, hi, ahead);
     }
-    if (out_of_range<T>(d.sum, d.squares) || underflown(x, r, hi, d)) return m.merge(chunk_moments_wide(x, r, center));
+    if (out_of_range<T>(d.sum, d.squares) || underflown(x, r, hi, d)) return wide();
     const double m2 = d.squares - d.sum * d.sum / k;
     return m.merge({k, double(hi) + d.sum / k, m2 < 0 ? 0 : m2});
   }
   const R hi = R(m.mean);
   const Deviations d = deviations(x, r, hi, ahead);
-  if (out_of_range<T>(d.sum, d.squares) || underflown(x, r, hi, d)) return m.merge(chunk_moments_wide(x, r, center));
+  if (out_of_range<T>(d.sum, d.squares) || underflown(x, r, hi, d)) return wide();
   if (center) return m.add(k, double(hi), d.sum, d.squares);
   m.n += k;
   m.m2 += d.squares;
