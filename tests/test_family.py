@@ -383,6 +383,33 @@ def test_one_length_for_all(shape: tuple[int, ...], order: Any) -> None:
     assert (dg.shape, dg.dtype) == ((), np.float32)
 
 
+def test_the_stride_of_an_axis_of_length_1_means_nothing() -> None:
+    x, dy = normal((1, 4, 5, 1)), normal((1, 4, 5, 1), seed=1)
+    turned, dy_turned = x[::-1, ..., ::-1], dy[::-1, ..., ::-1]
+    assert min(turned.strides) < 0
+    layer = fn.BatchNorm(4)
+    layer(turned)
+    np.testing.assert_array_equal(
+        layer.backward(dy_turned), fn.batch_norm_backward(dy, x, *fn.batch_norm_forward(x)[1:])[0]
+    )
+    running = np.zeros(4), np.ones(4)
+    for call in (
+        fn.batch_norm_forward,
+        lambda a: fn.batch_norm(a, *running),
+        fn.instance_norm_forward,
+        lambda a: fn.group_norm_forward(a, 2),
+        lambda a: fn.layer_norm_forward(a, (5, 1)),
+        lambda a: fn.rms_norm_forward(a, (5, 1)),
+        lambda a: fn.switchable_norm_forward(a, np.ones(3), np.ones(3)),
+        lambda a: fn.moments(a, 0),
+        lambda a: fn.weight_norm_forward(a, np.ones((1, 1, 1, 1))),
+        lambda a: fn.Standardizer().fit_transform(a.reshape(4, 5)[:, :1][:, ::-1]),
+        lambda a: fn.batch_norm_forward(a, mask=np.ones((1, 5, 1), bool)[::-1]),
+    ):
+        for one, other in zip(call(turned), call(x), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_directions_of_length_zero_are_nan_alone() -> None:
     v = normal((4, 5))
     v[2] = 0

@@ -117,6 +117,7 @@ Array tensor(py::handle h, const char* name, int64_t size, bool written, const A
   expect_size(name, size, a.size());
   int64_t last = 0;
   for (py::ssize_t i = 0; i < a.ndim(); ++i) {
+    if (a.shape(i) == 1) continue;  // its stride means nothing
     if (a.strides(i) < 0) throw py::value_error(std::string(name) + " must be dense");
     last += (a.shape(i) - 1) * a.strides(i);
   }
