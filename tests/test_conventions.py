@@ -552,7 +552,7 @@ def test_documentation_has_the_table() -> None:
     def shown(eps: Any) -> str:
         if eps == "":
             return "none"
-        return "`finfo(dtype).eps`" if eps is None else f"`{eps:.0e}`".replace("e-0", "e-")
+        return "`finfo(float32).eps`" if eps is None else f"`{eps:.0e}`".replace("e-0", "e-")
 
     assert list(documented) == list(listed) == list(CONVENTIONS)
     for name, row in CONVENTIONS.items():

@@ -63,8 +63,9 @@ def test_types(dtype: str) -> None:
     assert [a.dtype for a in fn.layer_norm_backward(y, x, mean, rstd)] == [kind, plain, plain]
     assert [a.dtype for a in fn.layer_norm_backward(y, x, mean, rstd, weight)] == [kind, kind, plain]
     assert [a.dtype for a in fn.rms_norm_backward(y, x, fn.rms_norm_forward(x, 33)[1])] == [kind, plain]
-    eps = 2**-7 if dtype == "bfloat16" else float(np.finfo(kind).eps)
+    eps = 2.0**-52 if dtype == "float64" else 2.0**-23
     assert_same_bits(fn.rms_norm(x, 33), fn.rms_norm(x, (33,), None, eps))
+    assert_same_bits(fn.reference.rms_norm(x, 33), fn.reference.rms_norm(x, 33, None, eps))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

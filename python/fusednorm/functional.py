@@ -948,8 +948,9 @@ def layer_norm_backward(
     return _backward(dy, x, _lines, (_normalized_by(x, rstd),), mean, rstd, weight, bias, out)[:3]
 
 
-def _finfo_eps(dtype: np.dtype[Any]) -> float:
-    return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
+def _default_eps(dtype: np.dtype[Any]) -> float:
+    """RMS norm's. Of the type that the arithmetic is done in: a half type's own would be a hundredth of x's scale."""
+    return float(np.finfo(np.float64 if dtype.itemsize == 8 else np.float32).eps)
 
 
 def rms_norm(
@@ -983,7 +984,8 @@ def rms_norm_forward(
     weight : (*normalized_shape,), optional
         Any of the four dtypes, whatever x's.
     eps : float or None
-        Added to the mean square under the root. None is ``finfo(x.dtype).eps``, as in PyTorch.
+        Added to the mean square under the root. None is ``finfo(float32).eps``, for float64
+        ``finfo(float64).eps``, as in PyTorch from 2.7 on.
     out : like x, optional
         Where y goes; it may be x itself. A backward needs the original x.
 
@@ -1005,7 +1007,7 @@ def rms_norm_forward(
         return foreign.called(rms_norm_forward, x, locals())  # type: ignore[no-any-return]
     x = arrays.taken(x, "x")
     operands.floating("x", x.dtype)
-    eps = _finfo_eps(x.dtype) if eps is None else eps
+    eps = _default_eps(x.dtype) if eps is None else eps
     y, _, rstd = _forward(x, _lines, (_hashable(normalized_shape),), weight, None, eps, out, center=False)
     return y, rstd
 

@@ -395,9 +395,9 @@ def layer_norm(
 
 def rms_norm(x: Any, normalized_shape: int | Sequence[int], weight: Any = None, eps: float | None = None) -> jax.Array:
     """y, like x: RMS normalization as :func:`fusednorm.rms_norm_forward`, which documents the arguments and errors;
-    eps None is ``finfo(x.dtype).eps``."""
+    eps None is ``finfo(float32).eps``, for float64 ``finfo(float64).eps``."""
     shape = functional._shape_of(normalized_shape)
     x = _array(x, "x")
     operands.floating("x", x.dtype)
-    eps = functional._finfo_eps(x.dtype) if eps is None else eps
+    eps = functional._default_eps(x.dtype) if eps is None else eps
     return _normed(_How(functional._lines, (shape,), float(eps), center=False), x, weight, None)[0]

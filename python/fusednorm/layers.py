@@ -723,7 +723,8 @@ class RMSNorm(_Layer):
     normalized_shape : int or sequence of ints
         The lengths of the last axes of x, over which each mean square is taken.
     eps : float or None
-        Added to the mean square under the root. None is ``finfo(x.dtype).eps``, as in PyTorch.
+        Added to the mean square under the root. None is ``finfo(float32).eps``, for float64
+        ``finfo(float64).eps``, as in PyTorch from 2.7 on.
     elementwise_affine : bool
         Whether there is a weight (ones) of normalized_shape.
     dtype, device

@@ -694,8 +694,8 @@ def rms_norm_forward(
         x: ``(*, *normalized_shape)``.
         normalized_shape: lengths of the last axes, over which the mean square is taken; an integer for one axis.
         weight: in ``normalized_shape``; absent, 1.
-        eps: added to the mean square, under the root. None: the distance from 1 to the next number of the dtype of
-            ``x``, float64 if that is no floating one.
+        eps: added to the mean square, under the root. None: the distance from 1 to the next number of float32 if ``x``
+            is float32, float16 or bfloat16, otherwise of float64.
 
     Returns:
         ``y, rstd``, float64: ``y`` in the shape of ``x``, ``rstd`` without the normalized axes.
@@ -705,7 +705,8 @@ def rms_norm_forward(
     """
     if eps is None:
         dtype = np.asarray(x).dtype
-        eps = float(np.spacing(np.ones((), np.float64 if dtype.kind in "biu" else dtype)))  # np.finfo has no bfloat16
+        small = dtype.name in ("float32", "float16", "bfloat16")
+        eps = float(np.finfo(np.float32 if small else np.float64).eps)
     x = np.asarray(x, dtype=np.float64)
     normalized, kept = _normalized(x, normalized_shape)
     weight = _as_normalized(weight, "weight", normalized, 1.0)

@@ -267,7 +267,7 @@ class RMSNorm(nn.RMSNorm):
     """Drop-in for :class:`torch.nn.RMSNorm`: its arguments, defaults, state and errors.
 
     `input` is (*, *normalized_shape), of float32, float64, float16 or bfloat16; the result is like it.
-    eps None is ``finfo(input.dtype).eps``.
+    eps None is ``finfo(float32).eps``, for float64 ``finfo(float64).eps``, as in PyTorch from 2.7 on.
 
     Raises
     ------
@@ -278,5 +278,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = self.eps
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         return norm(x, self.weight, None, None, None, None, None, "rms", self.normalized_shape, True, 0.0, eps)
