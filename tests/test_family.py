@@ -383,6 +383,33 @@ def test_one_length_for_all(shape: tuple[int, ...], order: Any) -> None:
     assert (dg.shape, dg.dtype) == ((), np.float32)
 
 
+@pytest.mark.parametrize("first", ["nothing", "the integer"])
+def test_what_only_equals_an_integer_is_refused(first: str) -> None:
+    """Whether a call with the integer came before or not: layouts are cached."""
+    shape = (2, 4, 6) if first == "nothing" else (2, 4, 8)
+    x, v = normal(shape), normal((4, shape[2]))
+    for call, right, wrong, kind in (
+        (lambda axis: fn.batch_norm_forward(x, axis=axis), 1, (1.0, True, "1"), TypeError),
+        (lambda axis: fn.instance_norm(x, axis=axis), 1, (1.0, True), TypeError),
+        (lambda axis: fn.switchable_norm(x, np.ones(3), np.ones(3), training=True, axis=axis), 1, (1.0,), TypeError),
+        (lambda size: fn.batch_norm_forward(x, ghost_batch_size=size), 1, (1.0, True), ValueError),
+        (lambda groups: fn.group_norm(x, groups), 2, (2.0, "2"), TypeError),
+        (lambda groups: fn.group_norm(x, groups), 1, (True,), TypeError),
+        (lambda last: fn.layer_norm(x, last), shape[2], (float(shape[2]), [shape[2] + 0.5]), TypeError),
+        (lambda last: fn.rms_norm(x, last), shape[1:], (tuple(map(float, shape[1:])),), TypeError),
+        (lambda dim: fn.weight_norm(v, np.ones((4, 1), np.float32), dim), 0, (0.0, False), TypeError),
+        (lambda axes: fn.moments(x, axes), (0, 1), (1.0, True, [0.0, 1.0]), TypeError),
+        (fn.LayerNorm, 4, (4.7, [4.7]), TypeError),
+        (lambda groups: fn.GroupNorm(groups, 4), 2, (2.0,), TypeError),
+    ):
+        if first == "the integer":
+            call(right)
+            call(np.int64(right) if isinstance(right, int) else list(right))
+        for value in wrong:
+            with pytest.raises(kind, match="integer"):
+                call(value)
+
+
 def test_the_stride_of_an_axis_of_length_1_means_nothing() -> None:
     x, dy = normal((1, 4, 5, 1)), normal((1, 4, 5, 1), seed=1)
     turned, dy_turned = x[::-1, ..., ::-1], dy[::-1, ..., ::-1]

@@ -23,9 +23,8 @@ and TensorFlow. Shapes: N samples, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from operator import index
 from typing import Any
 
 import numpy as np
@@ -72,7 +71,7 @@ def _check_correction(correction: object) -> None:
         raise ValueError(f"correction must be 0 or 1, not {correction!r}")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _batch(shape: _Shape, strides: _Shape, dtype: _DType, axis: int, ghost: int | None) -> Layout | None:
     _check_ghosts(ghost)
     axis, samples = operands.channel_axis(shape, axis)
@@ -99,7 +98,7 @@ def _ghosts(shape: _Shape, order: _Shape, axis: int, samples: int, size: int) ->
     return tuple(parts)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _group(shape: _Shape, strides: _Shape, dtype: _DType, axis: int, groups: int) -> Layout | None:
     axis, samples = operands.channel_axis(shape, axis)
     order = operands.order(shape, strides, dtype)
@@ -109,13 +108,14 @@ def _group(shape: _Shape, strides: _Shape, dtype: _DType, axis: int, groups: int
 
 
 def _check_groups(channels: int, groups: int) -> None:
+    operands.integer("num_groups", groups)
     if groups < 1:
         raise ValueError(f"Expected num groups to be greater than 0, got {groups}")
     if channels % groups:
         raise ValueError(f"num_channels ({channels}) must be divisible by num_groups ({groups})")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _instance(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Layout | None:
     axis, samples = operands.channel_axis(shape, axis)
     order = operands.order(shape, strides, dtype)
@@ -134,7 +134,7 @@ def _instance(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Layou
     )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _switchable(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Layout | None:
     layout = _instance(shape, strides, dtype, axis)
     if layout is None:
@@ -144,7 +144,7 @@ def _switchable(shape: _Shape, strides: _Shape, dtype: _DType, axis: int) -> Lay
     return layout._replace(too_few=few, evaluation="training=False")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _lines(shape: _Shape, strides: _Shape, dtype: _DType, normalized: int | _Shape) -> Layout | None:
     normalized = _shape_of(normalized)
     kept = shape[: max(len(shape) - len(normalized), 0)]
@@ -163,7 +163,7 @@ def _lines(shape: _Shape, strides: _Shape, dtype: _DType, normalized: int | _Sha
     return Layout((Part(found),), kept, normalized, order=None if long == sorted(long) else as_lying)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _weight(shape: _Shape, strides: _Shape, dtype: _DType, dim: int | None) -> Layout | None:
     order = operands.order(shape, strides, dtype)
     if order is None:
@@ -174,16 +174,16 @@ def _weight(shape: _Shape, strides: _Shape, dtype: _DType, dim: int | None) -> L
 
 
 def _shape_of(normalized_shape: int | Sequence[int]) -> _Shape:
-    if isinstance(normalized_shape, int | np.integer):
-        return (int(normalized_shape),)
-    shape = tuple(map(int, normalized_shape))
+    if not isinstance(normalized_shape, Iterable):
+        return (operands.integer("normalized_shape", normalized_shape),)
+    shape = tuple([operands.integer("normalized_shape", n) for n in normalized_shape])
     if not shape:
         raise ValueError("Expected normalized_shape to be at least 1-dimensional, but got normalized_shape=[]")
     return shape
 
 
 def _hashable(normalized_shape: int | Sequence[int]) -> int | _Shape:
-    return normalized_shape if type(normalized_shape) in (int, tuple) else _shape_of(normalized_shape)  # type: ignore[return-value]
+    return normalized_shape if type(normalized_shape) is int else _shape_of(normalized_shape)
 
 
 def _forward(
@@ -740,7 +740,7 @@ def group_norm(
     out: Array | None = None,
 ) -> Array:
     """Group normalization in the order of ``torch.nn.functional.group_norm``; see :func:`group_norm_forward`."""
-    return _forward(x, _group, (axis, index(num_groups)), weight, bias, eps, out, mask=mask)[0]
+    return _forward(x, _group, (axis, num_groups), weight, bias, eps, out, mask=mask)[0]
 
 
 def group_norm_forward(
@@ -785,7 +785,7 @@ def group_norm_forward(
     TypeError
         Arrays of another kind, other dtypes.
     """
-    return _forward(x, _group, (axis, index(num_groups)), weight, bias, eps, out, mask=mask)
+    return _forward(x, _group, (axis, num_groups), weight, bias, eps, out, mask=mask)
 
 
 def group_norm_backward(
@@ -1387,11 +1387,12 @@ def _lengths(v: Array, g: Array, dim: int | None) -> tuple[int | None, Array, fl
     return dim, g.reshape(-1).astype(np.float64) / root, root
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _shape_of_lengths(shape: _Shape, dim: int | None) -> tuple[int | None, _Shape, float]:
     """`dim` from the first axis on, g's shape and the root of the number of elements that a length is over."""
     if dim is None:
         return None, (), math.sqrt(max(math.prod(shape), 1))
+    dim = operands.integer("dim", dim)
     if not -len(shape) <= dim < len(shape):
         raise np.exceptions.AxisError(dim, len(shape))
     dim %= len(shape)

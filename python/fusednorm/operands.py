@@ -1,13 +1,14 @@
 """What a call's arrays must be and how they lie: everything between the caller's arrays and the verbs' pointers.
 
 A norm has a layout function, which says the :class:`Layout` of an array by its shape, strides and dtype, or None where
-the array must first be copied. Layouts are cached, since a model has few shapes.
+the array must first be copied. Layouts are cached, since a model has few shapes; by the types of arguments, too, since
+1.0 and True are equal to 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,9 +62,18 @@ def order(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
     return fold.memory_order(shape, strides, dtype.itemsize) if dtype.isnative else None
 
 
+def integer(name: str, value: object) -> int:
+    """An int or what stands for one, such as NumPy's; neither a bool nor a float that happens to be whole."""
+    if type(value) is int:
+        return value
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError(f"{name} must be an integer, not {value!r}")
+
+
 def channel_axis(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
     """The axis that is kept, counted from the first, and the axis of the samples."""
-    ndim = len(shape)
+    ndim, axis = len(shape), integer("axis", axis)
     if ndim < 2:
         raise ValueError(f"expected at least 2D input (got {ndim}D input)")
     if not -ndim <= axis < ndim:
@@ -273,8 +283,9 @@ def kept_first(x: Array, reduced: frozenset[int]) -> tuple[Array, tuple[int, ...
 
 def axes(axes: int | Sequence[int], ndim: int) -> frozenset[int]:
     """The axes to reduce, counted from the first."""
-    wanted = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
+    wanted = tuple(axes) if isinstance(axes, Iterable) else (axes,)
     for a in wanted:
+        integer("axes", a)
         if not -ndim <= a < ndim:
             raise np.exceptions.AxisError(a, ndim)
     unique = frozenset(int(a) % ndim for a in wanted)
