@@ -15,12 +15,14 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests", "lint", "types"]
 
+LINUX = platform.system() == "Linux"
 X86 = platform.machine() in ("x86_64", "AMD64")
 LEAST = "v2" if X86 else "baseline"  # instruction set
 GATED = (75, 80, 90, 100, 120)  # CUDA architectures: the first and each that changed how kernels compile since
 PROJECT = nox.project.load_toml("pyproject.toml")
 LINT = nox.project.dependency_groups(PROJECT, "lint")
 DOCS = nox.project.dependency_groups(PROJECT, "docs")
+WHEEL = nox.project.dependency_groups(PROJECT, "wheel")
 
 
 def install(session: nox.Session, what: str, *options: str, **environment: str) -> None:
@@ -87,21 +89,48 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """The source distribution: a wheel can be built from it, here of one instruction set, and has the types that the
-    stubs say. Of cibuildwheel, which needs Docker, that it takes its configuration."""
-    dist = Path(session.create_tmp()) / "dist"
+    """The source distribution, and from it a wheel as a release has it: repaired for other machines, it works where
+    there is no compiler, and has the types that the stubs say. Of cibuildwheel, which needs Docker, that it takes its
+    configuration."""
+    dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    session.install("build", "cibuildwheel", "numpy", "rich", *LINT)
+    session.install("numpy", "rich", *WHEEL, *LINT)
     session.run("cibuildwheel", "--platform", "linux", "--print-build-identifiers")
-    environment = {"FUSEDNORM_CUDA": "OFF", "FUSEDNORM_KERNELS": LEAST}
-    session.run("python", "-m", "build", "--outdir", str(dist), env=environment)
-    built = sorted(dist.glob("*.whl"))
-    session.install("--no-deps", "--force-reinstall", *map(str, built))
+    released = PROJECT["tool"]["cibuildwheel"]["environment"] | ({} if LINUX else {"FUSEDNORM_BUNDLE_OPENMP": "OFF"})
+    session.run("python", "-m", "build", "--outdir", str(dist), env=released)
+    (built,) = dist.glob("*.whl")
+    if LINUX:
+        session.run("auditwheel", "repair", "--wheel-dir", str(dist / "repaired"), str(built))
+        (built,) = (dist / "repaired").glob("*.whl")
+    else:
+        session.log("auditwheel is for Linux: the wheel is checked as it was built")
+    session.log(f"{built.name}: {built.stat().st_size / 1e6:.1f} MB")
+    alone = dist / "venv"
+    session.run("python", "-m", "venv", str(alone))
     session.chdir(dist)  # away from the sources
-    session.run("fusednorm", "info")
+    nothing = {"PATH": str(alone / "bin")}
+    session.run(f"{alone}/bin/pip", "install", "--quiet", "--only-binary=:all:", str(built), env=nothing, external=True)
+    session.run(f"{alone}/bin/python", "-c", WITHOUT_COMPILER, env=nothing, external=True)
+    session.run(f"{alone}/bin/fusednorm", "info", env=nothing, external=True)
+    session.run(f"{alone}/bin/fusednorm", "selftest", env=nothing, external=True)
+
+    session.install("--no-deps", "--force-reinstall", str(built))
     # pybind11's metaclass, and the buffer protocol, which Python sees from 3.12 on only, are in no stub.
     (dist / "allowed.txt").write_text("fusednorm._C.Fold\nfusednorm._C.PoolMemory(.__buffer__)?\n")
     session.run("python", "-m", "mypy.stubtest", "--allowlist", "allowed.txt", "fusednorm._C")
+
+
+# There is none to be found, and the OpenMP runtime is the wheel's own, not one that came with the compiler.
+WITHOUT_COMPILER = """
+import pathlib, shutil, sys
+found = [name for name in ("cc", "gcc", "g++", "c++", "clang", "clang++") if shutil.which(name)]
+assert not found, found
+import fusednorm
+maps = pathlib.Path("/proc/self/maps")
+if maps.exists():
+    runtimes = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    assert runtimes == {str(pathlib.Path(fusednorm.__file__).with_name("libgomp.so.1"))}, runtimes
+"""
 
 
 @nox.session

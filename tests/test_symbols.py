@@ -140,6 +140,8 @@ def test_no_second_openmp_runtime() -> None:
     needed = re.findall(r"NEEDED\s+(\S+)", output(tool("objdump"), "-p", str(EXTENSION)))
     runtimes = [name for name in needed if re.search(r"gomp|iomp|libomp", name)]
     assert len(runtimes) <= 1
+    if fn.build_info()["compiler"].startswith("GNU"):  # a renamed copy, as auditwheel makes it, is no longer the same
+        assert set(runtimes) <= {"libgomp.so.1"}
 
 
 @pytest.mark.skipif(not fn.build_info()["cuda"].startswith("built"), reason=f"CUDA is {fn.build_info()['cuda']}")
