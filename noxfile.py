@@ -71,13 +71,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff and clang-format; with -- --fix they change the files."""
+    """ruff, clang-format and actionlint; with -- --fix the first two change the files."""
     session.install(*LINT)
     fix = "--fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []))
     session.run("ruff", "format", *([] if fix else ["--check"]))
     sources = [str(path) for top in ("csrc", "tests") for path in Path(top).rglob("*") if path.suffix in (".h", ".cpp")]
     session.run("clang-format", *(["-i"] if fix else ["--dry-run", "-Werror"]), *sorted(sources))
+    if LINUX:
+        # The same verdict whether these two are installed or not.
+        session.run("actionlint", "-shellcheck=", "-pyflakes=")
+    else:
+        session.log("actionlint has no wheels for this system: the workflows are not checked")
 
 
 @nox.session
