@@ -64,7 +64,7 @@ def with_jax(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation as a site, warnings as errors, in build/site; -- serve shows it while it is written."""
     # The figures are computed by the library, whose time is of no interest here: it is compiled in a sixth of the time.
-    install(session, ".", "-C", "cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O0", FUSEDNORM_KERNELS=LEAST)
+    install(session, ".", "-C", "cmake.define.CMAKE_CXX_FLAGS_RELEASE=-O0")
     session.install(*DOCS)
     session.run("mkdocs", *(session.posargs or ["build"]), env={"NO_MKDOCS_2_WARNING": "1"})
 
@@ -222,6 +222,7 @@ def cuda(session: nox.Session) -> None:
     """CUDA's kernels without a GPU: what nvcc makes of them, where there is one, passes the gates, whose bounds --
     --update sets anew; then emulated, through the same cases as the CPU's."""
     update = [one for one in session.posargs if one == "--update"]
+    site = str(Path(session.create_tmp()).resolve() / "site")
     if shutil.which("nvcc"):
         build = f"{session.create_tmp()}/gates"
         session.install("cmake", "ninja", "pybind11")
@@ -230,13 +231,19 @@ def cuda(session: nox.Session) -> None:
         pybind11 = str(session.run("python", "-m", "pybind11", "--cmakedir", silent=True, log=False)).strip()
         session.run("cmake", "-S", ".", "-B", build, "-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
                     f"-DPython_ROOT_DIR={session.virtualenv.location}", f"-Dpybind11_DIR={pybind11}",
-                    "-DFUSEDNORM_CUDA=ON", "-DFUSEDNORM_WERROR=ON",
+                    "-DFUSEDNORM_CUDA=ON", "-DFUSEDNORM_WERROR=ON", f"-DFUSEDNORM_KERNELS={LEAST}",
+                    f"-DSKBUILD_PROJECT_VERSION={PROJECT['project']['version']}",
                     f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{one}-real' for one in GATED)}")  # fmt: skip
-        session.run("cmake", "--build", build, "--target", "cuda")
+        session.run("cmake", "--build", build)
         session.run("python", "tests/cuda_gates/gates.py", build, *update)
+        session.run("cmake", "--install", build, "--prefix", site)
+        shutil.copytree("python/fusednorm", f"{site}/fusednorm", dirs_exist_ok=True)
     else:
         session.log("no nvcc found: its part is skipped")
     install(session, ".[test]", FUSEDNORM_CUDA="EMULATED")
+    if shutil.which("nvcc"):  # the extension with CUDA, which nothing here can run
+        session.run("python", "-m", "fusednorm", "info", env={"PYTHONPATH": site})
+        session.run("pytest", "-q", "tests/test_symbols.py", env={"PYTHONPATH": site})
     others = [one for one in session.posargs if one not in update]
     session.run("pytest", "-q", "tests/test_cuda.py", "tests/test_cuda_cli.py", *others)
     session.run("pytest", "-q", "-k", "gpu", "tests/test_docs.py", env={"PYTHONPATH": "tests/cuda_emulator"})

@@ -80,8 +80,8 @@ def test_wide_instructions_stay_in_their_namespace() -> None:
     code = functions(unstripped())
     wide = {name for name, block in code.items() if WIDE.search(block) or VEX.search(block)}
     # The control: the kernels are there, and are seen to be wide.
-    assert any("3cpu2v4" in name for name in wide)
-    assert any("3cpu2v3" in name for name in wide)
+    for isa in set(BUILT) - {"v2"}:
+        assert any(f"3cpu2{isa}" in name for name in wide)
     outside = sorted(name for name in wide if not NAMESPACES.search(name))
     assert not outside
     # And nothing wide within the narrow one.
@@ -90,7 +90,7 @@ def test_wide_instructions_stay_in_their_namespace() -> None:
 
 
 def test_every_instruction_set_has_its_own_copy() -> None:
-    """As many functions for one as for another, near enough, and none that names two."""
+    """As many functions for one as for another, near enough (v2 has fewer loops), and none that names two."""
     needs_several_x86_objects()
     counted = Counter()  # type: Counter[str]
     for _, name in defined_symbols(unstripped()):
