@@ -515,7 +515,8 @@ def test_a_failed_call_changes_nothing(x: Any, options: Any, error: Any, message
     with pytest.raises(error, match=message):
         layer(x, **options)
     assert_unchanged(layer, before)
-    layer.backward(good)  # of the last call that did something
+    with pytest.raises(RuntimeError, match="did not fail"):
+        layer.backward(good)  # not of the call before
 
 
 def test_a_read_only_running_statistic_is_an_error_in_training() -> None:
@@ -653,3 +654,54 @@ def test_masks_that_do_not_fit(mask: Any, error: type[Exception], words: str) ->
         layer(normal((6, 4, 5)), mask=mask)
     assert layer.num_batches_tracked == 0
     np.testing.assert_array_equal(layer.running_mean, np.zeros(4))
+
+
+LAYERS: dict[str, Any] = {
+    "batch": lambda: fn.BatchNorm(4, activation="silu"),
+    "instance": lambda: fn.InstanceNorm(4),
+    "group": lambda: fn.GroupNorm(2, 4),
+    "layer": lambda: fn.LayerNorm(5),
+    "rms": lambda: fn.RMSNorm(5),
+    "switchable": lambda: fn.SwitchableNorm(4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_there_is_no_backward_of_what_was_written_over(name: str) -> None:
+    layer, x, dy = LAYERS[name](), normal((6, 4, 5)), normal((6, 4, 5), seed=1)
+    layer(x)
+    for out in (x, x[:, :, :]):
+        layer(x, out=out)
+        with pytest.raises(RuntimeError, match=r"out=x"):
+            layer.backward(dy)
+    # Beside x, in the gaps between its elements, nothing of it is lost.
+    both = np.zeros((6, 4, 5, 2), np.float32)
+    both[..., 0] = x
+    layer(both[..., 0], out=both[..., 1])
+    again = LAYERS[name]()
+    again(x.copy())
+    np.testing.assert_array_equal(layer.backward(dy), again.backward(dy))
+
+
+def test_there_is_no_backward_of_a_residual_that_was_written_over() -> None:
+    layer, x, residual = fn.BatchNorm(4, activation="relu"), normal((6, 4, 5)), normal((6, 4, 5), seed=1)
+    layer(x, residual=residual, out=residual)
+    with pytest.raises(RuntimeError, match=r"out=x"):
+        layer.backward(x)
+
+
+def test_there_is_no_backward_of_a_weight_that_was_written_over() -> None:
+    layer = fn.WeightNorm(normal((4, 5)))
+    layer(out=layer.weight_v)
+    with pytest.raises(RuntimeError, match=r"out=x"):
+        layer.backward(normal((4, 5)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_backward_does_not_take_the_call_before_one_that_failed(name: str) -> None:
+    layer, x = LAYERS[name](), normal((6, 4, 5))
+    layer(x)
+    with pytest.raises(ValueError, match="out"):
+        layer(x, out=np.empty((6, 4, 6), np.float32))
+    with pytest.raises(RuntimeError, match="did not fail"):
+        layer.backward(x)

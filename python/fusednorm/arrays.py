@@ -208,9 +208,11 @@ def laid_out_like(x: Array, like: Array) -> Array:
     return copy
 
 
-def share(a: Array, b: Array) -> bool:
-    """Whether `a` and `b`, whose extents meet, share memory. On a GPU the extents decide."""
-    return not isinstance(a, np.ndarray) or np.shares_memory(a, b)
+def shares(a: Array, others: tuple[Array | None, ...]) -> bool:
+    """Whether `a` shares memory with one of the others. On a GPU their extents decide."""
+    if _C.apart(a, others):
+        return False
+    return not isinstance(a, np.ndarray) or any(b is not None and np.shares_memory(a, b) for b in others)
 
 
 def overlaps(a: Array, b: Array) -> bool:

@@ -91,10 +91,18 @@ class _Layer:
             arrays.expect_on(self.device, x, "layer")
         return x
 
+    def _keep(self, out: Array | None, *call: Any) -> None:
+        """Of a call what its backward needs: nothing where `out` took the place of an array of it."""
+        if out is None or not arrays.shares(out, tuple(a for a in call if isinstance(a, type(out)))):
+            self._saved.call = call
+
     def _last_call(self) -> Any:
         saved = getattr(self._saved, "call", None)
         if saved is None:
-            raise RuntimeError("backward needs a call of the layer before it; each call's state serves one backward")
+            raise RuntimeError(
+                "backward needs a call of the layer before it that did not fail or write over its input (out=x); each "
+                "call's state serves one backward"
+            )
         return saved
 
     def train(self: _L, mode: bool = True) -> _L:
@@ -369,6 +377,7 @@ class BatchNorm(_Running):
     ) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`batch_norm_forward`, and in
         a process group as :func:`fusednorm.distributed.forward`."""
+        self._saved.call = None
         estimate = self._estimate
         training, tracked = self.training, self.track_running_stats and estimate is None
         momentum, counted = self._weighing()
@@ -380,7 +389,7 @@ class BatchNorm(_Running):
             )  # fmt: skip
             if tracked:
                 self.num_batches_tracked += call.batches
-            self._saved.call = (x, call, None, True, residual, mask)
+            self._keep(out, x, call, None, True, residual, mask)
             return y
         x = self._here(x)
         moments = None if estimate is None else functional._batch_moments(x, self.axis, self.ghost_batch_size, mask)
@@ -407,7 +416,7 @@ class BatchNorm(_Running):
             self.num_batches_tracked += 1 if mean.ndim == 1 else mean.shape[0]
         if moments is not None:
             estimate.add(*moments)
-        self._saved.call = (x, mean, rstd, batch_statistics, residual, mask)
+        self._keep(out, x, mean, rstd, batch_statistics, residual, mask)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Any:
@@ -516,6 +525,7 @@ class InstanceNorm(_Running):
 
     def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C, *spatial) or with C at `axis`; raises as :func:`instance_norm_forward`."""
+        self._saved.call = None
         x = self._here(x)
         own = self.training or not self.track_running_stats
         y, mean, rstd = functional._forward(
@@ -535,7 +545,7 @@ class InstanceNorm(_Running):
         )
         if own and self.track_running_stats and y.size:
             self.num_batches_tracked += 1
-        self._saved.call = (x, mean, rstd, own, mask)
+        self._keep(out, x, mean, rstd, own, mask)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -614,11 +624,12 @@ class GroupNorm(_Layer):
 
     def __call__(self, x: Array, mask: Array | None = None, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`group_norm_forward`."""
+        self._saved.call = None
         x = self._here(x)
         y, mean, rstd = functional.group_norm_forward(
             x, self.num_groups, self._weight, self._bias, self.eps, axis=self.axis, mask=mask, out=out
         )
-        self._saved.call = (x, mean, rstd, mask)
+        self._keep(out, x, mean, rstd, mask)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -692,11 +703,12 @@ class LayerNorm(_Layer):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (..., *normalized_shape); raises as :func:`layer_norm_forward`."""
+        self._saved.call = None
         x = self._here(x)
         y, mean, rstd = functional.layer_norm_forward(
             x, self.normalized_shape, self._weight, self._bias, self.eps, out=out
         )
-        self._saved.call = (x, mean, rstd)
+        self._keep(out, x, mean, rstd)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -767,9 +779,10 @@ class RMSNorm(_Layer):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (..., *normalized_shape); raises as :func:`rms_norm_forward`."""
+        self._saved.call = None
         x = self._here(x)
         y, rstd = functional.rms_norm_forward(x, self.normalized_shape, self._weight, self.eps, out=out)
-        self._saved.call = (x, rstd)
+        self._keep(out, x, rstd)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -852,6 +865,7 @@ class SwitchableNorm(_Running):
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:
         """y for x of shape (N, C), (N, C, *spatial) or with C at `axis`; raises as :func:`switchable_norm_forward`."""
+        self._saved.call = None
         x, estimate = self._here(x), self._estimate
         moments = None if estimate is None else functional._batch_moments(x, self.axis, None, None)
         tracked = self.track_running_stats and estimate is None
@@ -875,7 +889,7 @@ class SwitchableNorm(_Running):
             self.num_batches_tracked += 1
         if moments is not None:
             estimate.add(*moments)
-        self._saved.call = (x, saved, of_batch)
+        self._keep(out, x, saved, of_batch)
         return y
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
@@ -960,8 +974,9 @@ class WeightNorm(_Layer):
 
     def __call__(self, *, out: Array | None = None) -> Array:
         """The weight; raises as :func:`weight_norm_forward`."""
+        self._saved.call = None
         w, norm = functional.weight_norm_forward(self._weight_v, self._weight_g, self.dim, out=out)
-        self._saved.call = norm
+        self._keep(out, self._weight_v, norm)
         return w
 
     def backward(self, dw: Array) -> None:
@@ -969,7 +984,7 @@ class WeightNorm(_Layer):
 
         v and g must be as they were in the call: take the optimizer's step afterwards.
         """
-        norm = self._last_call()
+        _, norm = self._last_call()
         dw = self._here(dw)
         dv, dg = functional.weight_norm_backward(dw, self._weight_v, self._weight_g, norm, self.dim)
         self._saved.call = None

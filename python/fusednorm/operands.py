@@ -197,7 +197,7 @@ def running(
         expect_channels(a, name, channels)
         if written and not arrays.is_writeable(a):
             raise ValueError(f"{name} is read-only")
-        if written and not _C.apart(a, apart_from) and any(b is not None and arrays.share(a, b) for b in apart_from):
+        if written and arrays.shares(a, apart_from):
             raise ValueError(f"{name} shares memory with another array, and training writes it; give each its own")
     return mean, var
 
