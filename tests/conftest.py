@@ -10,15 +10,17 @@ from fusednorm import _C
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow or thorough, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--slow") or config.getoption("-m"):
         return
-    fast = [item for item in items if "slow" not in item.keywords]
-    config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
-    items[:] = fast
+    short, left = [], []
+    for item in items:
+        (left if {"slow", "thorough"} & {mark.name for mark in item.iter_markers()} else short).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = short
 
 
 def pytest_report_header() -> list[str]:

@@ -512,7 +512,7 @@ def test_bench_times_what_the_case_says(case: Case, checked: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.thorough)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it compiles
 def test_bench_peers_of_a_gpu_compute_the_same(dtype: str, compiles: bool) -> None:
     """On the CPU: what PyTorch makes of the forward, and autograd of that, against ours."""

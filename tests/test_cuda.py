@@ -47,10 +47,10 @@ def test_case(case: Case, device: int) -> None:
     skip_what_is_missing(case)
     if EMULATED and device and case.size > 200_000:
         pytest.skip("minutes, emulated")
-    inputs, expected = prepared(case)
+    inputs, expected, bounds = prepared(case)
     with cupy.cuda.Device(device):
         got = cases.run(case, inputs, fn, to_device=on_device, to_host=cupy.asnumpy)
-    wrong = [deviation for deviation in cases.compare(case, inputs, expected, got) if not deviation.ok]
+    wrong = [deviation for deviation in cases.compare(case, inputs, expected, got, bounds) if not deviation.ok]
     assert not wrong
 
 
@@ -61,7 +61,7 @@ def test_bits_do_not_depend_on_the_schedule(case: Case, device: int) -> None:
     import emulator
 
     skip_what_is_missing(case)
-    inputs, _ = prepared(case)
+    inputs, _, _ = prepared(case)
     results = []
     try:
         for seed in (0, 1, 2):  # in order, by priority, at random

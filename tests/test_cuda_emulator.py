@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from programs import EMULATOR, SANITIZERS, compiled, needs_gcc, outcome, run
 
-pytestmark = needs_gcc
+pytestmark = [needs_gcc, pytest.mark.thorough]
 
 # What each planted error is caught by, and the words of it. Results show an error under some schedules only.
 CAUGHT = {

@@ -66,6 +66,7 @@ def test_family_draws_and_tells(tmp_path: Path) -> None:
     assert "WRONG" not in done.stdout
 
 
+@pytest.mark.thorough
 def test_family_needs_no_other_library(tmp_path: Path) -> None:
     done = run(FAMILY, "--skip-timing", f"--output={tmp_path / 'drawn.png'}", missing=("matplotlib", "rich", "torch"))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -165,6 +166,7 @@ def test_resnet_sees_another_norm(resnet: ModuleType, monkeypatch: pytest.Monkey
     assert found["wrong"] == [form for form in found["losses"] if form != "torch.nn"]
 
 
+@pytest.mark.thorough
 def test_dask_in_two_processes() -> None:
     pytest.importorskip("distributed", reason="Dask is not installed: pip install 'fusednorm[dask]'")
     done = run(DASK, "--rows=200000")

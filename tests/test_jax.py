@@ -153,7 +153,13 @@ def plain() -> Any:
     return lambda x: fnj.layer_norm(x.ravel(), x.size), lambda x: formula(x, None).ravel()
 
 
-each_norm = pytest.mark.parametrize(("ours", "theirs", "parameters"), NORMS.values(), ids=NORMS.keys())
+each_norm = pytest.mark.parametrize(
+    ("ours", "theirs", "parameters"),
+    [
+        pytest.param(*norm, id=name, marks=[] if name in ("batch", "group") else [pytest.mark.thorough])
+        for name, norm in NORMS.items()
+    ],
+)
 
 
 def drawn(parameters: int, dtype: str = "float64") -> list[Any]:

@@ -1224,7 +1224,14 @@ def test_the_list_is_sound(listed: tuple[Case, ...]) -> None:
         assert ("slow" in case.tags) == (listed is CASES and case.size > cases.SLOW_ELEMENTS)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "slow" not in case.tags], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if "quick" in case.tags else [pytest.mark.thorough])
+        for case in CASES
+        if "slow" not in case.tags
+    ],
+)
 def test_the_rounded_reference_passes(case: Case) -> None:
     skip_without_modules(case)
     inputs = cases.make(case)

@@ -54,6 +54,21 @@ IDS = [f"{name}-{'x'.join(map(str, shape))}" for name, _, shape in MODULES]
 each_module = pytest.mark.parametrize(("name", "args", "shape"), MODULES, ids=IDS)
 
 
+def some(values: Any, short: tuple[str, ...], ids: Any = None) -> list[Any]:
+    """All, of which only `short` are not thorough."""
+    ids = [*map(str, values)] if ids is None else ids
+    assert {*short} <= {*ids}
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), id=name,
+                     marks=[] if name in short else [pytest.mark.thorough])
+        for value, name in zip(values, ids, strict=True)
+    ]  # fmt: skip
+
+
+# One of each kind.
+KINDS = ("BatchNorm2d-4x6x3x2", "InstanceNorm2d-2x6x3x4", "GroupNorm-4x6x3x2", "LayerNorm-2x4x6", "RMSNorm-2x4x6")
+
+
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.manual_seed(0)
@@ -160,13 +175,15 @@ def of_the_adapter(case: Case) -> bool:
     return (layers or channels) and case.correction == 1
 
 
+def marks(case: Case) -> list[Any]:
+    if "slow" in case.tags:
+        return [pytest.mark.slow]
+    return [] if "quick" in case.tags else [pytest.mark.thorough]
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if "slow" in case.tags else [])
-        for case in CASES
-        if of_the_adapter(case)
-    ],
+    [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES if of_the_adapter(case)],
 )
 def test_case(case: Case) -> None:
     for module in case.requires:
@@ -216,8 +233,10 @@ def test_the_comparison_sees_an_error() -> None:
 # Gradients by differences.
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@each_module
+@pytest.mark.parametrize(
+    "training", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["training", "evaluation"]
+)
+@pytest.mark.parametrize(("name", "args", "shape"), some(MODULES, KINDS, IDS))
 def test_gradients(name: str, args: Any, shape: Any, training: bool) -> None:
     module = made(name, args).train(training)
     function, given = called(module), leaves(module, shape)
@@ -559,7 +578,10 @@ def arguments(kind: str) -> tuple[Any, ...]:
     return tuple(a.requires_grad_() if i < 4 and isinstance(a, torch.Tensor) else a for i, a in enumerate(given[kind]))
 
 
-@pytest.mark.parametrize("kind", ["batch", "evaluation", "last", "act", "half", "instance", "group", "layer", "rms"])
+@pytest.mark.parametrize(
+    "kind",
+    some(["batch", "evaluation", "last", "act", "half", "instance", "group", "layer", "rms"], ("act", "group", "rms")),
+)
 def test_opcheck(kind: str) -> None:
     given = arguments(kind)
     x, weight, bias, residual, _, _, mask, norm, size, own, _, _, activation, slope = given
@@ -605,7 +627,7 @@ def same_after_a_step(one: Any, other: Any, function: Any, shapes: list[tuple[in
 
 @pytest.mark.filterwarnings("default")  # PyTorch's own
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_compile(backend: str, dynamic: bool, training: bool) -> None:
     net = Net().train(training)
