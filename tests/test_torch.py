@@ -230,6 +230,14 @@ def test_the_comparison_sees_an_error() -> None:
         assert name in [one.name for one in found if not one.ok]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_eps_of_rms_norm_that_is_not_given(dtype: torch.dtype) -> None:
+    """At a small scale, where it shows; two roundings of y apart at most."""
+    x = (torch.randn(8, 64) * 1e-3).to(dtype)
+    theirs, ours = torch.nn.RMSNorm(64, dtype=dtype)(x).double(), fnt.RMSNorm(64, dtype=dtype)(x).double()
+    assert (ours - theirs).abs().max() <= 2 * torch.finfo(dtype).eps * theirs.abs().max()
+
+
 # Gradients by differences.
 
 
