@@ -466,7 +466,9 @@ struct ForwardColumnLoops {
   decltype(&apply_block<false, Any>) block[2];
 
   template <class E>
-  static constexpr ForwardColumnLoops of{{apply_block<false, E>, apply_block<true, E>}};
+  static ForwardColumnLoops of() {
+    return {{apply_block<false, E>, apply_block<true, E>}};
+  }
 };
 template <class T>
 struct BackwardColumnLoops {
@@ -477,9 +479,11 @@ struct BackwardColumnLoops {
   decltype(&grad_block<false, false, Any>) block[2][2];
 
   template <class E>
-  static constexpr BackwardColumnLoops of{add_grad_block<E>,
-                                          {{grad_block<false, false, E>, grad_block<false, true, E>},
-                                           {grad_block<true, false, E>, grad_block<true, true, E>}}};
+  static BackwardColumnLoops of() {
+    return {add_grad_block<E>,
+            {{grad_block<false, false, E>, grad_block<false, true, E>},
+             {grad_block<true, false, E>, grad_block<true, true, E>}}};
+  }
 };
 
 // What is written, as memory lies: a batch entry is contiguous and its coefficients repeat every `columns` elements,
@@ -626,7 +630,7 @@ template <class T>
 void forward_columns(const ForwardPass& pass) {
   using R = Real<T>;
   const Epilogue<T> e(pass.epilogue);
-  const auto& loops = loops_for<ForwardColumnLoops<T>>(pass.epilogue);
+  const auto loops = loops_for<ForwardColumnLoops<T>>(pass.epilogue);
   const Fold f = pass.fold.cells();
   const ColumnShape<T> shape(f, pass.mask);
   const ColumnTasks<T> tasks(shape, pass.share);
@@ -728,7 +732,7 @@ template <class T>
 void backward_columns(const BackwardPass& pass) {
   using R = Real<T>;
   const Epilogue<T> e(pass.epilogue);
-  const auto& loops = loops_for<BackwardColumnLoops<T>>(pass.epilogue);
+  const auto loops = loops_for<BackwardColumnLoops<T>>(pass.epilogue);
   const Fold f = pass.fold.cells();
   const ColumnShape<T> shape(f, pass.mask);
   const ColumnTasks<T> tasks(shape, pass.share);

@@ -264,21 +264,22 @@ struct KnownEpilogue : Epilogue<T> {
 };
 
 // Loops are reached through a table for each epilogue, so that what drives them is compiled once. Loops: a table for
-// elements T; `of<E>`, the one for a KnownEpilogue; kBackward, where a residual plays no part without an activation.
+// elements T; `of<E>()`, the one for a KnownEpilogue; kBackward, where a residual plays no part without an activation.
 template <class Loops>
-const Loops& loops_for(const EpilogueArgs& e) {
+Loops loops_for(const EpilogueArgs& e) {
   using T = typename Loops::Element;
   const bool is_plain = e.activation == Activation::identity;
-  if (is_plain && (Loops::kBackward || !e.residual)) return Loops::template of<KnownEpilogue<T, Kind::identity, false>>;
+  if (is_plain && (Loops::kBackward || !e.residual))
+    return Loops::template of<KnownEpilogue<T, Kind::identity, false>>();
   if constexpr (!kFewEpilogues<T>) {
     if constexpr (!Loops::kBackward)
-      if (is_plain) return Loops::template of<KnownEpilogue<T, Kind::identity, true>>;
+      if (is_plain) return Loops::template of<KnownEpilogue<T, Kind::identity, true>>();
     if (e.activation == Activation::relu) {
-      if (e.residual) return Loops::template of<KnownEpilogue<T, Kind::relu, true>>;
-      return Loops::template of<KnownEpilogue<T, Kind::relu, false>>;
+      if (e.residual) return Loops::template of<KnownEpilogue<T, Kind::relu, true>>();
+      return Loops::template of<KnownEpilogue<T, Kind::relu, false>>();
     }
   }
-  return Loops::template of<KnownEpilogue<T, Kind::any, true>>;
+  return Loops::template of<KnownEpilogue<T, Kind::any, true>>();
 }
 
 template <class T, class There>

@@ -501,7 +501,9 @@ struct ForwardRowLoops {
   decltype(&apply_neighbours<Any>) neighbours;
 
   template <class E>
-  static constexpr ForwardRowLoops of{apply_runs<E>, apply_neighbours<E>};
+  static ForwardRowLoops of() {
+    return {apply_runs<E>, apply_neighbours<E>};
+  }
 };
 template <class T>
 struct BackwardRowLoops {
@@ -515,10 +517,12 @@ struct BackwardRowLoops {
   decltype(&grad_neighbours<false, Any>) neighbours[2];
 
   template <class E>
-  static constexpr BackwardRowLoops of{add_grad_chunk<E>,
-                                       short_grad_sums<E>,
-                                       {grad_runs<false, E>, grad_runs<true, E>},
-                                       {grad_neighbours<false, E>, grad_neighbours<true, E>}};
+  static BackwardRowLoops of() {
+    return {add_grad_chunk<E>,
+            short_grad_sums<E>,
+            {grad_runs<false, E>, grad_runs<true, E>},
+            {grad_neighbours<false, E>, grad_neighbours<true, E>}};
+  }
 };
 
 // How the slabs are handed to threads.
@@ -643,7 +647,7 @@ FN_INLINE Sum sum_of(const Sum* part, int64_t n) {
 template <class T>
 void normalize_rows(const ForwardPass& pass) {
   const Epilogue<T> e(pass.epilogue);
-  const auto& loops = loops_for<ForwardRowLoops<T>>(pass.epilogue);
+  const auto loops = loops_for<ForwardRowLoops<T>>(pass.epilogue);
   const Fold f = pass.fold.cells();
   const T* x = pass.x.template as<const T>();
   T* y = pass.y.template as<T>();
@@ -677,7 +681,7 @@ template <class T>
 void forward_rows(const ForwardPass& pass) {
   if (!pass.takes_statistics()) return normalize_rows<T>(pass);
   const Epilogue<T> e(pass.epilogue);
-  const auto& loops = loops_for<ForwardRowLoops<T>>(pass.epilogue);
+  const auto loops = loops_for<ForwardRowLoops<T>>(pass.epilogue);
   const Fold& f = pass.fold;
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner;
@@ -752,7 +756,7 @@ template <class T>
 void backward_rows(const BackwardPass& pass) {
   using R = Real<T>;
   const Epilogue<T> e(pass.epilogue);
-  const auto& loops = loops_for<BackwardRowLoops<T>>(pass.epilogue);
+  const auto loops = loops_for<BackwardRowLoops<T>>(pass.epilogue);
   const Fold f = pass.fold.cells();
   const RowTree tree(f);
   const int64_t slabs = f.statistics(), tiles = tree.tiles(), row = f.groups * f.inner, share = pass.share;
