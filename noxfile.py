@@ -146,7 +146,7 @@ def clang(session: nox.Session) -> None:
     )
     if not compiler:
         session.skip("no clang++ found; CLANGXX names one")
-    install(session, ".[test]", CXX=compiler, FUSEDNORM_WERROR="ON")
+    install(session, ".[test]", CXX=compiler, FUSEDNORM_KERNELS="all", FUSEDNORM_WERROR="ON")
     session.run("fusednorm", "info")
     session.run("pytest", "tests/test_cases.py", "tests/test_verbs.py")
 
