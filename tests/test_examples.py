@@ -187,7 +187,7 @@ def test_dask_merges_chunks_in_their_order() -> None:
         one.partial_fit(chunk)
 
     def late(chunk: Any, block_info: Any) -> Any:
-        time.sleep(0.05 * (5 - block_info[0]["chunk-location"][0]))
+        time.sleep(0.02 * (5 - block_info[0]["chunk-location"][0]))
         return chunk
 
     table = da.concatenate([da.from_array(chunk, chunks=(-1, 4)) for chunk in chunks]).map_blocks(late, dtype=x.dtype)

@@ -358,7 +358,7 @@ def test_large_folds(shape: Any, dtype: str, masked: bool, isa: str, threads: No
 def test_the_mask_of_relu_is_the_forward_one(isa: str) -> None:
     """dresidual is 0 exactly where y is: pre is recomputed operation for operation."""
     for shape, dtype in itertools.product(FOLDS.values(), DTYPES):
-        drawn = Drawn(shape, dtype)
+        drawn = drawn_once(shape, dtype)
         dy = np.ones_like(drawn.dy)
         y, dx, dresidual = (np.empty_like(drawn.x) for _ in range(3))
         arrays = (drawn.mean, drawn.rstd, drawn.weight, drawn.bias, drawn.residual, 1, 0.0)
