@@ -141,6 +141,18 @@ void clear_gradients(const Fold& f, const Array& dweight, const Array& dbias) {
   }
 }
 
+// What the verbs of the backward have in common.
+template <class Args>
+BackwardPass backward_of(const Args& a) {
+  return {.fold = a.fold,
+          .dy = a.dy,
+          .x = a.x,
+          .mean = a.mean,
+          .rstd = a.rstd,
+          .weight = a.weight,
+          .bias = a.bias,
+          .epilogue = a.epilogue};
+}
 // With s12 the gradients of the parameters are taken as well; cells are given room here.
 void run(BackwardPass pass, const Array& dweight = {}, const Array& dbias = {}) {
   const Nests& nest = nests(pass.x.dtype);
@@ -162,17 +174,10 @@ void grad_sums(const GradSumsArgs& a) {
     return clear_gradients(f, a.dweight, a.dbias);
   }
   const Scratch<GradSums> s12(s);
-  run(BackwardPass{.fold = f,
-                   .dy = a.dy,
-                   .x = a.x,
-                   .mean = a.mean,
-                   .rstd = a.rstd,
-                   .weight = a.weight,
-                   .bias = a.bias,
-                   .epilogue = a.epilogue,
-                   .s12 = s12.get(),
-                   .constant = true},
-      a.dweight, a.dbias);
+  BackwardPass pass = backward_of(a);
+  pass.s12 = s12.get();
+  pass.constant = true;
+  run(pass, a.dweight, a.dbias);
   for (int64_t i = 0; i < s; ++i) {
     a.s1[i] = s12[i].u;
     a.s2[i] = s12[i].uz;
@@ -181,20 +186,14 @@ void grad_sums(const GradSumsArgs& a) {
 
 void grad_input(const GradInputArgs& a) {
   if (a.fold.size() == 0) return;
-  run(BackwardPass{.fold = a.fold,
-                   .dy = a.dy,
-                   .x = a.x,
-                   .mean = a.mean,
-                   .rstd = a.rstd,
-                   .weight = a.weight,
-                   .bias = a.bias,
-                   .epilogue = a.epilogue,
-                   .cx = a.cx,
-                   .c0 = a.c0,
-                   .constant = !a.cx && !a.c0,
-                   .mask = a.mask,
-                   .dx = a.dx,
-                   .dresidual = a.dresidual});
+  BackwardPass pass = backward_of(a);
+  pass.cx = a.cx;
+  pass.c0 = a.c0;
+  pass.constant = !a.cx && !a.c0;
+  pass.mask = a.mask;
+  pass.dx = a.dx;
+  pass.dresidual = a.dresidual;
+  run(pass);
 }
 
 void backward(const BackwardArgs& a) {
@@ -206,21 +205,14 @@ void backward(const BackwardArgs& a) {
     counted[b] = 0;
     for (int64_t i = 0; i < positions; ++i) counted[b] += a.mask[b * positions + i] != 0;
   }
-  run(BackwardPass{.fold = a.fold,
-                   .dy = a.dy,
-                   .x = a.x,
-                   .mean = a.mean,
-                   .rstd = a.rstd,
-                   .weight = a.weight,
-                   .bias = a.bias,
-                   .epilogue = a.epilogue,
-                   .s12 = s12.get(),
-                   .constant = a.constant,
-                   .mask = a.mask,
-                   .counted = counted.get(),
-                   .dx = a.dx,
-                   .dresidual = a.dresidual},
-      a.dweight, a.dbias);
+  BackwardPass pass = backward_of(a);
+  pass.s12 = s12.get();
+  pass.constant = a.constant;
+  pass.mask = a.mask;
+  pass.counted = counted.get();
+  pass.dx = a.dx;
+  pass.dresidual = a.dresidual;
+  run(pass, a.dweight, a.dbias);
 }
 
 void copy(const CopyArgs& a) {
