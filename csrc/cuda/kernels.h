@@ -8,7 +8,7 @@ namespace fusednorm::cuda {
 template <class Pass, class J = Job>
 using Kernel = void (*)(const Pass, const J);
 
-// float64 has no plain kernels: one more of each would be compiled for who seldom comes.
+// float64 has no plain kernels, which are a third of its time to compile: the general ones stand in their place.
 template <class T>
 constexpr bool kHasPlain = sizeof(T) < 8;
 

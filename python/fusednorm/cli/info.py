@@ -25,12 +25,12 @@ def add(commands: Any) -> None:
 
 
 def better_kernels(info: dict[str, Any]) -> dict[str, str]:
-    """A line where the kernels were compiled on a machine that lacks what this one has."""
+    """A line where there are no kernels for the best instruction set of this machine."""
     if info["isa_best"] in info["isa_built"]:
         return {}
     return {
-        "faster": f"this machine runs {info['isa_best']}, for which this installation, made elsewhere, has no kernels: "
-        "install it anew here, or build with FUSEDNORM_KERNELS=all"
+        "faster": f"this machine runs {info['isa_best']}, for which no kernels were built: install anew here, or build "
+        "with FUSEDNORM_KERNELS=all"
     }
 
 
